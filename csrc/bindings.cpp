@@ -1,0 +1,133 @@
+// The only file that knows Python: pointers and sizes in, params struct out, GIL released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "toca.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = uintptr_t;
+
+template <class T>
+T* as(Pointer address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Params>
+void call(void (*body)(const Params&), const Params& params, const char* argument) {
+  try {
+    py::gil_scoped_release release;
+    body(params);
+  } catch (const toca::cpu::OutOfRange& e) {
+    throw py::value_error(std::string(argument) + ": expected values in [" +
+                          std::to_string(e.low) + ", " + std::to_string(e.stop) + "), got " +
+                          std::to_string(e.value));
+  }
+}
+
+void attention_scores(const std::array<Pointer, 5>& ptr, const std::array<int64_t, 5>& size,
+                      const std::array<int64_t, 6>& stride, float scale, int dtype, int threads) {
+  toca::AttentionScores p{};
+  p.q = as<const void>(ptr[0]);
+  p.k = as<const void>(ptr[1]);
+  p.lse = as<const float>(ptr[2]);
+  p.partial = as<float>(ptr[3]);
+  p.out = as<float>(ptr[4]);
+  p.B = size[0], p.H = size[1], p.Nq = size[2], p.N = size[3], p.D = size[4];
+  p.q_b = stride[0], p.q_h = stride[1], p.q_n = stride[2];
+  p.k_b = stride[3], p.k_h = stride[4], p.k_n = stride[5];
+  p.scale = scale;
+  p.dtype = toca::DType(dtype);
+  p.threads = threads;
+  call(toca::cpu::attention_scores, p, "q, k");
+}
+
+void select_tokens(const std::array<Pointer, 6>& ptr, const std::array<int64_t, 6>& size,
+                   float age_weight, float bonus, int threads) {
+  toca::SelectTokens p{};
+  p.score = as<const float>(ptr[0]);
+  p.age = as<int32_t>(ptr[1]);
+  p.offsets = as<const int64_t>(ptr[2]);
+  p.index = as<int64_t>(ptr[3]);
+  p.inverse = as<int32_t>(ptr[4]);
+  p.nan = as<int32_t>(ptr[5]);
+  p.R = size[0], p.N = size[1];
+  p.frames = size[2], p.rows = size[3], p.cols = size[4], p.cell = size[5];
+  p.age_weight = age_weight;
+  p.bonus = bonus;
+  p.threads = threads;
+  call(toca::cpu::select_tokens, p, "score");
+}
+
+void gather_modulate(const std::array<Pointer, 9>& ptr, const std::array<int64_t, 4>& size,
+                     const std::array<int64_t, 6>& stride, float eps, bool rms, int dtype,
+                     int threads) {
+  toca::GatherModulate p{};
+  p.x = as<const void>(ptr[0]);
+  p.index = as<const int64_t>(ptr[1]);
+  p.shift = {as<const void>(ptr[2]), stride[0], stride[1]};
+  p.scale = {as<const void>(ptr[3]), stride[2], stride[3]};
+  p.gate = {as<const void>(ptr[4]), stride[4], stride[5]};
+  p.cache = as<const void>(ptr[5]);
+  p.weight = as<const void>(ptr[6]);
+  p.bias = as<const void>(ptr[7]);
+  p.out = as<void>(ptr[8]);
+  p.B = size[0], p.N = size[1], p.k = size[2], p.C = size[3];
+  p.eps = eps;
+  p.rms = rms;
+  p.dtype = toca::DType(dtype);
+  p.threads = threads;
+  call(toca::cpu::gather_modulate, p, "index");
+}
+
+// (gate, its stride per sample, per token, cache, fresh, inverse, k)
+using Update = std::tuple<Pointer, int64_t, int64_t, Pointer, Pointer, Pointer, int64_t>;
+
+void scatter_residual(Pointer x, Pointer out, const std::array<int64_t, 3>& size,
+                      const std::vector<Update>& updates, int dtype, int threads) {
+  if (updates.size() > toca::kMaxUpdates) throw py::value_error("updates: too many");
+  toca::ScatterResidual p{};
+  p.x = as<const void>(x);
+  p.out = as<void>(out);
+  p.B = size[0], p.N = size[1], p.C = size[2];
+  for (const auto& [gate, stride_b, stride_n, cache, fresh, inverse, k] : updates)
+    p.update[p.updates++] = {{as<const void>(gate), stride_b, stride_n},
+                             as<void>(cache),
+                             as<const void>(fresh),
+                             as<const int32_t>(inverse),
+                             k};
+  p.dtype = toca::DType(dtype);
+  p.threads = threads;
+  call(toca::cpu::scatter_residual, p, "inverse");
+}
+
+std::vector<std::string> isas() {
+  const char* names[8];
+  const int count = toca::cpu::isas(names);
+  return {names, names + count};
+}
+
+void choose_isa(const std::string& name) {
+  if (!toca::cpu::choose_isa(name.c_str()))
+    throw py::value_error("isa: expected one of isas(), got " + name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native bodies of toca_kernels over raw pointers; call them through toca_kernels.ops";
+  m.def("attention_scores", &attention_scores);
+  m.def("select_tokens", &select_tokens);
+  m.def("gather_modulate", &gather_modulate);
+  m.def("scatter_residual", &scatter_residual);
+  m.def("isa", [] { return std::string(toca::cpu::isa()); });
+  m.def("isas", &isas);
+  m.def("choose_isa", &choose_isa);
+}

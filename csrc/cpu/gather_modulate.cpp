@@ -1,0 +1,84 @@
+// gather_modulate: residual + LayerNorm/RMSNorm + modulation of the selected rows.
+//
+// Fused: gather, x + gate * cache, mean and variance, affine, modulation; one read of the k rows,
+// one write.  A row stays in a float32 buffer in L1 between its passes.  Limited by memory for few
+// rows and by the conversions for 16-bit dtypes; rows are independent, so they are the threads' work.
+#include "../toca.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace toca::cpu::TOCA_ISA {
+namespace {
+
+template <class T>
+const T* row_of(const RowsView& view, int64_t b, int64_t n) {
+  return (const T*)view.data + b * view.stride_b + n * view.stride_n;
+}
+
+template <class T>
+void normalise_row(const GatherModulate& p, int64_t b, int64_t n, float* buffer, T* out) {
+  const int64_t C = p.C, at = (b * p.N + n) * C;
+  const T* x = (const T*)p.x + at;
+  Vec total = splat(0.f);
+  if (p.cache) {
+    const T* cache = (const T*)p.cache + at;
+    const T* gate = p.gate.data ? row_of<T>(p.gate, b, n) : nullptr;
+    for_row(C, [&](int64_t c, auto load, auto) {
+      Vec v = load(x) + (gate ? load(gate) * load(cache) : load(cache));
+      store(buffer + c, v);
+      total += v;
+    });
+  } else {
+    for_row(C, [&](int64_t c, auto load, auto) {
+      Vec v = load(x);
+      store(buffer + c, v);
+      total += v;
+    });
+  }
+  // The buffer's lanes past C are zero; they may enter the mean but not the variance.
+  const float mean = p.rms ? 0.f : sum(total) / float(C);
+  Vec squares = splat(0.f);
+  for_row(C, [&](int64_t c, auto, auto) {
+    Vec d = load(buffer + c) - mean;
+    if (C - c < kVec)
+      for (int i = int(C - c); i < kVec; ++i) d[i] = 0.f;
+    squares += d * d;
+  });
+  const float rstd = 1.f / std::sqrt(sum(squares) / float(C) + p.eps);
+  const T* shift = row_of<T>(p.shift, b, n);
+  const T* scale = row_of<T>(p.scale, b, n);
+  const T* weight = (const T*)p.weight;
+  const T* bias = (const T*)p.bias;
+  for_row(C, [&](int64_t c, auto load, auto put) {
+    Vec v = (toca::cpu::TOCA_ISA::load(buffer + c) - mean) * rstd;
+    if (weight) v *= load(weight);
+    if (bias) v += load(bias);
+    put(out, v * (1.f + load(scale)) + load(shift));
+  });
+}
+
+template <class T>
+void run(const GatherModulate& p) {
+  parallel_for(p.B * p.k, 4, p.threads, [&](int64_t begin, int64_t end) {
+    Buffer<float> buffer(p.C + kVec);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t b = r / p.k, n = p.index ? p.index[r] : r - b * p.k;
+      normalise_row(p, b, n, buffer.data(), (T*)p.out + r * p.C);
+    }
+  });
+}
+
+}  // namespace
+
+void gather_modulate(const GatherModulate& p) {
+  if (p.index)
+    for (int64_t r = 0; r < p.B * p.k; ++r)
+      if (p.index[r] < 0 || p.index[r] >= p.N) throw OutOfRange{p.index[r], 0, p.N};
+  switch (p.dtype) {
+    case DType::kFloat32: return run<float>(p);
+    case DType::kBFloat16: return run<bf16>(p);
+    case DType::kFloat16: return run<f16>(p);
+  }
+}
+
+}  // namespace toca::cpu::TOCA_ISA

@@ -1,0 +1,97 @@
+// The whole C++ API of toca_kernels: one params struct and one function per op.
+//
+// Pointers and sizes only; no torch, no Python.  Strides are in elements, not bytes.  The contract
+// of each op is the docstring of the function of the same name in toca_kernels/ops.py.
+#pragma once
+
+#include <cstdint>
+
+namespace toca {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct AttentionScores {
+  const void* q;     // [B, H, Nq, D], strides q_b, q_h, q_n, 1
+  const void* k;     // [B, H, N, D], strides k_b, k_h, k_n, 1
+  const float* lse;  // [B, H, Nq]
+  float* partial;    // [B, H, N], scratch: the column sums of every head
+  float* out;        // [B, N]
+  int64_t B, H, Nq, N, D;
+  int64_t q_b, q_h, q_n, k_b, k_h, k_n;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
+struct SelectTokens {
+  const float* score;      // [R, N]
+  int32_t* age;            // [R, N], updated
+  const int64_t* offsets;  // [R + 1]; row r selects offsets[r + 1] - offsets[r] tokens
+  int64_t* index;          // [offsets[R]]
+  int32_t* inverse;        // [R, N]
+  int32_t* nan;            // [R]
+  int64_t R, N;
+  int64_t frames, rows, cols, cell;  // frames * rows * cols == N
+  float age_weight, bonus;
+  int threads;
+};
+
+// A row of C values for a sample (token stride 0) or for each of its tokens.
+struct RowsView {
+  const void* data;  // nullptr: absent
+  int64_t stride_b, stride_n;
+};
+
+struct GatherModulate {
+  const void* x;         // [B, N, C]
+  const int64_t* index;  // [B, k], or nullptr: every token
+  RowsView shift, scale, gate;
+  const void* cache;   // [B, N, C] or nullptr
+  const void* weight;  // [C] or nullptr
+  const void* bias;    // [C] or nullptr
+  void* out;           // [B, k, C]
+  int64_t B, N, k, C;
+  float eps;
+  bool rms;
+  DType dtype;
+  int threads;
+};
+
+constexpr int kMaxUpdates = 4;
+
+struct ResidualUpdate {
+  RowsView gate;           // absent: 1
+  void* cache;             // [B, N, C], written where inverse >= 0
+  const void* fresh;       // [B, k, C] or nullptr
+  const int32_t* inverse;  // [B, N] or nullptr
+  int64_t k;
+};
+
+struct ScatterResidual {
+  const void* x;  // [B, N, C]
+  void* out;      // [B, N, C], may be x
+  ResidualUpdate update[kMaxUpdates];
+  int updates;
+  int64_t B, N, C;
+  DType dtype;
+  int threads;
+};
+
+namespace cpu {
+
+// A value of the caller's data is out of range: nothing was written.
+struct OutOfRange {
+  int64_t value, low, stop;
+};
+
+void attention_scores(const AttentionScores& p);
+void select_tokens(const SelectTokens& p);
+void gather_modulate(const GatherModulate& p);    // throws OutOfRange
+void scatter_residual(const ScatterResidual& p);  // throws OutOfRange
+
+const char* isa();                  // the instruction set in use, the best of isas() unless chosen
+int isas(const char** names);        // compiled in and supported by this CPU, best first; at most 8
+bool choose_isa(const char* name);  // for tests and benchmarks; false: not among isas()
+
+}  // namespace cpu
+}  // namespace toca
