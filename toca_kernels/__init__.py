@@ -1,0 +1,34 @@
+"""Token-wise feature caching (ToCa) for diffusion transformers, at the speed of its FLOPs."""
+
+from ._backends import BackendStatus, backends
+from .config import ToCaConfig
+from .ops import (
+    Selection,
+    attention_scores,
+    gather_modulate,
+    mlp_rows,
+    partial_mlp,
+    scatter_residual,
+    select_tokens,
+)
+from .plan import Plan
+from .session import Session, Summary, disable, enable, enabled
+
+__all__ = [
+    "BackendStatus",
+    "Plan",
+    "Selection",
+    "Session",
+    "Summary",
+    "ToCaConfig",
+    "attention_scores",
+    "backends",
+    "disable",
+    "enable",
+    "enabled",
+    "gather_modulate",
+    "mlp_rows",
+    "partial_mlp",
+    "scatter_residual",
+    "select_tokens",
+]

@@ -1,0 +1,78 @@
+"""Input checks of the public ops: the only place that raises for a bad tensor.
+
+Native bodies receive raw pointers, so whatever is not refused here would be a wrong read.
+Every message says what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape_text(shape: Sequence[object]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"
+
+
+def tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+    layout: str = "contiguous",
+) -> torch.Tensor:
+    """Return `value` if it is a tensor of this shape, dtype, device and layout.
+
+    `shape` mixes sizes with letters; a letter stands for any size.  `layout` is "contiguous",
+    "rows" (last dimension contiguous, the others strided at will) or "any".
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.ndim != len(shape) or any(
+        isinstance(want, int) and want != have for want, have in zip(shape, value.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: expected shape {shape_text(shape)}, got {shape_text(value.shape)}"
+        )
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if dtypes is not None and value.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}"
+        )
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    if layout == "contiguous" and not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {value.stride()}")
+    if layout == "rows" and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension, got strides {value.stride()}"
+        )
+    return value
+
+
+def modulation(name: str, value: object, x: torch.Tensor) -> torch.Tensor:
+    """A shift, scale or gate: (B, C) for a whole sample, or (B, N, C) for each token."""
+    B, N, C = x.shape
+    per_token = isinstance(value, torch.Tensor) and value.ndim == 3
+    shape = (B, N, C) if per_token else (B, C)
+    return tensor(name, value, shape, dtype=x.dtype, device=x.device, layout="rows")
+
+
+def count(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: expected an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} <= {name} <= {high}, got {value}")
+    return value
+
+
+def choice(name: str, value: object, known: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    return value

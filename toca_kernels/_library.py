@@ -1,0 +1,183 @@
+"""torch.library schemas of the ops, their fakes, and one body per op that calls the backend.
+
+Registered by define/impl: `torch.library.custom_op` would add 10 us to every call.  The schema
+carries the backend's name, so a compiled graph keeps the choice that was made when it was traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+
+_BODIES: dict[str, Any] = {"reference": reference, "native": native}
+
+_library = torch.library.Library("toca", "DEF")
+
+
+def _define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"toca::{name}", fake, lib=_library)
+    return getattr(torch.ops.toca, name).default
+
+
+def _attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float, backend: str) -> Tensor:
+    return _BODIES[backend].attention_scores(q, k, lse, scale)
+
+
+def _attention_scores_fake(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, backend: str
+) -> Tensor:
+    return q.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+
+
+attention_scores = _define(
+    "attention_scores(Tensor q, Tensor k, Tensor lse, float scale, str backend) -> Tensor",
+    _attention_scores,
+    _attention_scores_fake,
+)
+
+
+def _select_tokens(
+    score: Tensor,
+    age: Tensor,
+    k: Sequence[int],
+    age_weight: float,
+    grid: Sequence[int],
+    cell: int,
+    bonus: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _BODIES[backend].select_tokens(score, age, k, age_weight, grid, cell, bonus)
+
+
+def _select_tokens_fake(
+    score: Tensor, age: Tensor, k: Sequence[int], *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        score.new_empty((sum(k),), dtype=torch.int64),
+        torch.empty_like(age),
+        score.new_empty((score.shape[0],), dtype=torch.int32),
+    )
+
+
+select_tokens = _define(
+    "select_tokens(Tensor score, Tensor(a!) age, SymInt[] k, float age_weight, SymInt[] grid, "
+    "SymInt cell, float bonus, str backend) -> (Tensor, Tensor, Tensor)",
+    _select_tokens,
+    _select_tokens_fake,
+)
+
+
+def _gather_modulate(
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor | None,
+    cache: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return _BODIES[backend].gather_modulate(
+        x, index, shift, scale, gate, cache, weight, bias, norm, eps
+    )
+
+
+def _gather_modulate_fake(x: Tensor, index: Tensor | None, *_: object) -> Tensor:
+    k = x.shape[1] if index is None else index.shape[1]
+    return x.new_empty((x.shape[0], k, x.shape[2]))
+
+
+gather_modulate = _define(
+    "gather_modulate(Tensor x, Tensor? index, Tensor shift, Tensor scale, Tensor? gate, "
+    "Tensor? cache, Tensor? weight, Tensor? bias, str norm, float eps, str backend) -> Tensor",
+    _gather_modulate,
+    _gather_modulate_fake,
+)
+
+
+def _mlp_rows(
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    return _BODIES[backend].mlp_rows(rows, weight1, bias1, weight2, bias2, activation)
+
+
+def _mlp_rows_fake(rows: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(rows)
+
+
+mlp_rows = _define(
+    "mlp_rows(Tensor rows, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, "
+    "str activation, str backend) -> Tensor",
+    _mlp_rows,
+    _mlp_rows_fake,
+)
+
+
+def _scatter_residual(
+    x: Tensor,
+    gates: Sequence[Tensor | None],
+    caches: Sequence[Tensor],
+    fresh: Sequence[Tensor | None],
+    inverse: Sequence[Tensor | None],
+    backend: str,
+) -> Tensor:
+    out = torch.empty_like(x)
+    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, out)
+    return out
+
+
+def _scatter_residual_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+scatter_residual = _define(
+    "scatter_residual(Tensor x, Tensor?[] gates, Tensor(a!)[] caches, Tensor?[] fresh, "
+    "Tensor?[] inverse, str backend) -> Tensor",
+    _scatter_residual,
+    _scatter_residual_fake,
+)
+
+
+def _scatter_residual_inplace(
+    x: Tensor,
+    gates: Sequence[Tensor | None],
+    caches: Sequence[Tensor],
+    fresh: Sequence[Tensor | None],
+    inverse: Sequence[Tensor | None],
+    backend: str,
+) -> None:
+    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, x)
+
+
+def _scatter_residual_inplace_fake(x: Tensor, *_: object) -> None:
+    return None
+
+
+_scatter_residual_inplace_op = _define(
+    "scatter_residual_(Tensor(a!) x, Tensor?[] gates, Tensor(b!)[] caches, Tensor?[] fresh, "
+    "Tensor?[] inverse, str backend) -> ()",
+    _scatter_residual_inplace,
+    _scatter_residual_inplace_fake,
+)
+
+
+def scatter_residual_inplace(x: Tensor, *arguments: Any) -> Tensor:
+    _scatter_residual_inplace_op(x, *arguments)
+    return x

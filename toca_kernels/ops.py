@@ -1,0 +1,443 @@
+"""The ops, and their contracts.  Read this file first.
+
+A ToCa step that recomputes k of N tokens is four memory-bound ops around two library GEMMs:
+
+    selection = select_tokens(score, age, k, ...)                       which tokens, all layers
+    rows  = gather_modulate(x, selection.index, shift, scale, ...)      only those rows, normalised
+    fresh = mlp_rows(rows, fc1, fc2)                                    the MLP of those rows
+    x     = scatter_residual(x, [(gate, cache, fresh, inverse), ...])   the rest comes from the cache
+
+Letters: B samples, N tokens, k selected tokens, C channels, H heads, D channels of a head,
+F hidden channels of the MLP, R rows of a selection (layers x samples).
+
+Every op takes `backend=None`: None is the fastest body for the tensors' device, a name
+("reference", "native") is used or refused.  All bodies compute the same function: arithmetic in
+float32, rounded once to the tensors' dtype.  Nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks, _library
+from ._backends import resolve
+from .native import PackedLinear, packed_mlp_rows
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+NORMS = ("layer", "rms")
+MAX_UPDATES = 4
+
+Linear = nn.Linear | PackedLinear | tuple[Tensor, Tensor | None]
+Residual = tuple[Tensor | None, Tensor]
+Update = tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens a step recomputes.
+
+    Attributes:
+        index: selected tokens, ascending in every row, int64; (R, k), or (sum of k,) row after
+            row where the rows have different k.
+        inverse: (R, N), int32; the slot of a token in its row of `index`, -1 where not selected.
+        nan: (R,), int32; how many scores of the row were NaN (they rank last).
+        k: tokens selected in each row.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    nan: Tensor
+    k: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(index, inverse) of rows start..stop-1, which must have one k: ((n, k), (n, N))."""
+        if not 0 <= start <= stop <= len(self.k):
+            raise ValueError(f"rows: expected a range in 0..{len(self.k)}, got {start}..{stop}")
+        counts = self.k[start:stop]
+        if len(set(counts)) > 1:
+            raise ValueError(f"rows {start}..{stop - 1}: expected one k, got {sorted(set(counts))}")
+        if self.index.ndim == 2:
+            return self.index[start:stop], self.inverse[start:stop]
+        first = sum(self.k[:start])
+        flat = self.index[first : first + sum(counts)]
+        return flat.view(len(counts), counts[0] if counts else 0), self.inverse[start:stop]
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, backend: str | None = None
+) -> Tensor:
+    """Attention that each token receives, without ever storing the N x N map.
+
+        out[b, j] = sum_i mean_h exp(scale * q[b, h, i] . k[b, h, j] - lse[b, h, i])
+
+    The self-attention influence of ToCa (ICLR 2025, section 3.2, score s1).  Exact: a flash
+    kernel already returns the log-sum-exp of every query, so one more pass over q k^T is enough.
+
+    Args:
+        q: (B, H, Nq, D), float32 | bfloat16 | float16, last dimension contiguous.
+        k: (B, H, N, D), dtype of q, last dimension contiguous.
+        lse: (B, H, Nq), float32, natural logarithm of sum_j exp(scale * q_i . k_j).
+        scale: the softmax scale, usually D ** -0.5.
+        backend: None chooses by device; a name is used or refused.
+
+    Returns:
+        (B, N), float32.  Summed in a fixed order: the same bits whatever the number of threads.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs; the message gives both.
+        RuntimeError: the named backend is not available here; the message says why.
+    """
+    _checks.tensor("q", q, ("B", "H", "Nq", "D"), dtype=_checks.FLOATS, layout="rows")
+    B, H, Nq, D = q.shape
+    _checks.tensor("k", k, (B, H, "N", D), dtype=q.dtype, device=q.device, layout="rows")
+    _checks.tensor("lse", lse, (B, H, Nq), dtype=torch.float32, device=q.device)
+    return _library.attention_scores(q, k, lse, float(scale), resolve(backend, q.device))
+
+
+def select_tokens(
+    score: Tensor,
+    age: Tensor,
+    k: int | Sequence[int],
+    *,
+    age_weight: float = 0.0,
+    grid: Sequence[int] | None = None,
+    cell: int = 1,
+    bonus: float = 0.0,
+    tie: str = "low-index",
+    backend: str | None = None,
+) -> Selection:
+    """The k tokens of every row that matter most; ages are updated in the same pass.
+
+        S[r, n]   = score[r, n] + age_weight * age[r, n]
+        S[r, n]  *= 1 + bonus      where n is the first maximum of its cell x cell tile of the grid
+        index[r]  = the k[r] largest of S[r], ascending; equal S: the lower index wins
+        age[r, n] = 0 where selected, else age[r, n] + 1
+
+    ToCa (ICLR 2025, section 3.2): s1 or s2 is `score`, s3 the age term, s4 the bonus.  One call
+    serves all layers and samples of a step.
+
+    Args:
+        score: (R, N), float32.  NaN ranks with minus infinity and is counted in the result.
+        age: (R, N), int32, steps since a token was recomputed.  Updated in place.
+        k: tokens to select, 0 <= k <= N: one number, or one for each row.
+        age_weight: weight of one unit of age, in units of the score.
+        grid: (rows, cols) or (frames, rows, cols) of the tokens, row after row; needed for a bonus.
+        cell: side of a tile, in tokens; tiles at the border are cut short.
+        bonus: relative bonus of the best token of each tile, finite and >= 0.
+        tie: "low-index", the only rule: selections compare exactly between backends.
+        backend: None chooses by device; a name is used or refused.
+
+    Returns:
+        Selection.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs, k or bonus is out of range, or the
+            grid does not hold N tokens; nothing was changed.
+        RuntimeError: the named backend is not available here.
+    """
+    _checks.tensor("score", score, ("R", "N"), dtype=torch.float32)
+    R, N = score.shape
+    _checks.tensor("age", age, (R, N), dtype=torch.int32, device=score.device)
+    _checks.choice("tie", tie, ("low-index",))
+    ragged = not isinstance(k, int)
+    counts = tuple(k) if isinstance(k, Sequence) else (k,) * R
+    if len(counts) != R:
+        raise ValueError(f"k: expected {R} numbers, one for each row, got {len(counts)}")
+    for value in counts if ragged else (k,):  # with R = 0 there is a k too
+        _checks.count("k", value, 0, N)
+    _checks.count("cell", cell, 1, max(N, 1))
+    if not 0.0 <= bonus < math.inf:
+        raise ValueError(f"bonus: expected a finite number >= 0, got {bonus!r}")
+    frames, rows, cols = _grid(grid, N, needed=cell > 1 and bonus != 0.0)
+    index, inverse, nan = _library.select_tokens(
+        score,
+        age,
+        counts,
+        float(age_weight),
+        (frames, rows, cols),
+        cell,
+        float(bonus),
+        resolve(backend, score.device),
+    )
+    if not ragged:
+        index = index.view(R, k)
+    return Selection(index, inverse, nan, counts)
+
+
+def _grid(grid: Sequence[int] | None, N: int, *, needed: bool) -> tuple[int, int, int]:
+    if grid is None:
+        if needed:
+            raise ValueError("grid: expected (rows, cols) or (frames, rows, cols), got None")
+        return (1, 1, N)
+    sizes = tuple(grid)
+    if len(sizes) not in (2, 3) or any(not isinstance(size, int) or size < 0 for size in sizes):
+        raise ValueError(f"grid: expected (rows, cols) or (frames, rows, cols), got {grid!r}")
+    frames, rows, cols = (1, *sizes) if len(sizes) == 2 else sizes
+    if frames * rows * cols != N:
+        raise ValueError(f"grid: expected a grid of {N} tokens, got {sizes} = {frames * rows * cols}")
+    return frames, rows, cols
+
+
+def gather_modulate(
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    residual: Residual | None = None,
+    norm: str = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise and modulate the selected rows, and only those.
+
+        row = x[b, index[b, j]] + gate[b] * cache[b, index[b, j]]      (with residual=(gate, cache))
+        out[b, j] = norm(row) * (1 + scale[b]) + shift[b]
+
+    norm is LayerNorm or RMSNorm over C: row - mean(row) ("layer" only), divided by
+    sqrt(mean(row**2) + eps), then * weight + bias where given.  (adaLN of DiT, Peebles & Xie 2023;
+    the residual term is the cached attention that the untouched block would have added before.)
+
+    Args:
+        x: (B, N, C), float32 | bfloat16 | float16, contiguous.
+        index: (B, k), int64, in [0, N); None takes every token (k = N).
+        shift, scale: (B, C), or (B, N, C) for a modulation of each token; dtype of x, last
+            dimension contiguous.
+        residual: (gate, cache): gate as shift, or None for 1; cache (B, N, C), contiguous.
+        norm: "layer" or "rms".
+        weight, bias: (C,), dtype of x, the norm's own affine parameters.
+        eps: added to the variance.
+        backend: None chooses by device; a name is used or refused.
+
+    Returns:
+        (B, k, C), dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs, or an index is out of [0, N).
+        RuntimeError: the named backend is not available here.
+    """
+    _checks.tensor("x", x, ("B", "N", "C"), dtype=_checks.FLOATS)
+    B, N, C = x.shape
+    if index is not None:
+        _checks.tensor("index", index, (B, "k"), dtype=torch.int64, device=x.device)
+    _checks.modulation("shift", shift, x)
+    _checks.modulation("scale", scale, x)
+    gate, cache = None, None
+    if residual is not None:
+        gate, cache = residual
+        _checks.tensor("residual cache", cache, (B, N, C), dtype=x.dtype, device=x.device)
+        if gate is not None:
+            _checks.modulation("residual gate", gate, x)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _checks.tensor(name, value, (C,), dtype=x.dtype, device=x.device)
+    _checks.choice("norm", norm, NORMS)
+    return _library.gather_modulate(
+        x,
+        index,
+        shift,
+        scale,
+        gate,
+        cache,
+        weight,
+        bias,
+        norm,
+        float(eps),
+        resolve(backend, x.device),
+    )
+
+
+def mlp_rows(
+    rows: Tensor,
+    fc1: Linear,
+    fc2: Linear,
+    *,
+    activation: str = "gelu_tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """The MLP of the selected rows.
+
+        out = fc2(activation(fc1(rows)))
+
+    The GEMMs are the library's (oneDNN, MKL, cuBLAS).  A `PackedLinear` holds a weight in the
+    order in which oneDNN reads it, with the activation fused into the first GEMM.
+
+    Args:
+        rows: (B, k, C), float32 | bfloat16 | float16, contiguous.
+        fc1: C -> F: an nn.Linear, a (weight, bias) pair with weight (F, C), or a PackedLinear.
+        fc2: F -> C, of the same kind.
+        activation: "gelu", "gelu_tanh" or "silu".
+        backend: None chooses by device; a name is used or refused.  Packed weights are native.
+
+    Returns:
+        (B, k, C), dtype of rows.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs, or only one of the two is packed.
+        RuntimeError: the named backend is not available here.
+    """
+    _checks.tensor("rows", rows, ("B", "k", "C"), dtype=_checks.FLOATS)
+    _checks.choice("activation", activation, ACTIVATIONS)
+    C = rows.shape[2]
+    if isinstance(fc1, PackedLinear) and isinstance(fc2, PackedLinear):
+        _checks.choice("backend of packed weights", backend or "native", ("native",))
+        resolve("native", rows.device)
+        F = fc1.out_features
+        _packed("fc1", fc1, rows, (F, C))
+        _packed("fc2", fc2, rows, (C, F))
+        return packed_mlp_rows(rows, fc1, fc2, activation)
+    weight1, bias1 = _linear("fc1", fc1, rows, ("F", C))
+    weight2, bias2 = _linear("fc2", fc2, rows, (C, weight1.shape[0]))
+    return _library.mlp_rows(
+        rows, weight1, bias1, weight2, bias2, activation, resolve(backend, rows.device)
+    )
+
+
+def _packed(name: str, linear: PackedLinear, rows: Tensor, shape: tuple[int, int]) -> None:
+    have = (linear.out_features, linear.in_features)
+    if have != shape or linear.dtype != rows.dtype:
+        raise ValueError(
+            f"{name}: expected a weight {shape} of {rows.dtype}, got {have} of {linear.dtype}"
+        )
+
+
+def _linear(
+    name: str, linear: Linear, rows: Tensor, shape: tuple[int | str, int]
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(linear, PackedLinear):
+        raise ValueError(f"{name}: expected both of fc1 and fc2 to be packed, or neither")
+    weight, bias = (linear.weight, linear.bias) if isinstance(linear, nn.Linear) else linear
+    _checks.tensor(f"{name} weight", weight, shape, dtype=rows.dtype, device=rows.device)
+    if bias is not None:
+        _checks.tensor(
+            f"{name} bias", bias, (weight.shape[0],), dtype=rows.dtype, device=rows.device
+        )
+    return weight, bias
+
+
+def scatter_residual(
+    x: Tensor, updates: Sequence[Update], *, inplace: bool = False, backend: str | None = None
+) -> Tensor:
+    """Write fresh rows into their caches and add every gated cache to the residual: one pass.
+
+        cache_u[b, n] = fresh_u[b, inverse_u[b, n]]     where inverse_u[b, n] >= 0
+        out[b, n] = x[b, n] + sum_u gate_u[b] * cache_u[b, n]
+
+    (ToCa, ICLR 2025, section 3.1: cached features are ungated; the gate of the current timestep
+    is applied to every token, selected or not.)
+
+    Args:
+        x: (B, N, C), float32 | bfloat16 | float16, contiguous.
+        updates: 1 to 4 of (gate, cache) or (gate, cache, fresh, inverse):
+            gate: (B, C), or (B, N, C) for each token, last dimension contiguous; None for 1.
+            cache: (B, N, C), dtype of x, contiguous.  Modified in place where there is a fresh.
+            fresh: (B, k, C), dtype of x, contiguous.
+            inverse: (B, N), int32, in [-1, k): the row of `fresh` for each token, -1 for none.
+        inplace: write the sum into x instead of a new tensor.
+        backend: None chooses by device; a name is used or refused.
+
+    Returns:
+        (B, N, C), dtype of x: a new tensor, or x.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs, or a slot is out of [-1, k).
+        RuntimeError: the named backend is not available here.
+    """
+    _checks.tensor("x", x, ("B", "N", "C"), dtype=_checks.FLOATS)
+    if not 1 <= len(updates) <= MAX_UPDATES:
+        raise ValueError(f"updates: expected 1 to {MAX_UPDATES}, got {len(updates)}")
+    gates, caches, fresh, inverse = zip(
+        *(_update(f"updates[{u}]", update, x) for u, update in enumerate(updates)), strict=True
+    )
+    body = _library.scatter_residual_inplace if inplace else _library.scatter_residual
+    return body(x, gates, caches, fresh, inverse, resolve(backend, x.device))
+
+
+def _update(
+    name: str, update: Update, x: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    B, N, C = x.shape
+    if len(update) not in (2, 4):
+        raise ValueError(
+            f"{name}: expected (gate, cache) or (gate, cache, fresh, inverse), "
+            f"got {len(update)} values"
+        )
+    gate, cache = update[:2]
+    if gate is not None:
+        _checks.modulation(f"{name} gate", gate, x)
+    _checks.tensor(f"{name} cache", cache, (B, N, C), dtype=x.dtype, device=x.device)
+    if len(update) == 2:
+        return gate, cache, None, None
+    fresh, inverse = update[2:]
+    _checks.tensor(f"{name} fresh", fresh, (B, "k", C), dtype=x.dtype, device=x.device)
+    _checks.tensor(f"{name} inverse", inverse, (B, N), dtype=torch.int32, device=x.device)
+    return gate, cache, fresh, inverse
+
+
+def partial_mlp(
+    x: Tensor,
+    selection: tuple[Tensor, Tensor],
+    modulation: tuple[Tensor, Tensor, Tensor],
+    cache: Tensor,
+    fc1: Linear,
+    fc2: Linear,
+    *,
+    residual: Residual | None = None,
+    activation: str = "gelu_tanh",
+    norm: str = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """A cached step of a block: reuse the attention, recompute the MLP of the selected tokens.
+
+        rows  = gather_modulate(x, index, shift, scale, residual=residual)
+        cache[index] = mlp_rows(rows, fc1, fc2)
+        out   = x + gate_a * cache_a + gate * cache             (residual = (gate_a, cache_a))
+
+    Args:
+        x: (B, N, C), contiguous.
+        selection: (index, inverse) of this layer, see `Selection.rows`.
+        modulation: (shift, scale, gate) of the MLP, as in `gather_modulate`.
+        cache: (B, N, C), the MLP's cached output.  Modified in place.
+        fc1, fc2, activation: as in `mlp_rows`.
+        residual: (gate, cache) of the reused attention, added to every token.
+        norm, weight, bias, eps: as in `gather_modulate`.
+        inplace, backend: as in `scatter_residual`.
+
+    Returns:
+        (B, N, C), dtype of x.
+
+    Raises:
+        ValueError, RuntimeError: as the three ops it is made of.
+    """
+    index, inverse = selection
+    shift, scale, gate = modulation
+    updates: list[Update] = [] if residual is None else [residual]
+    if index.shape[1] == 0:
+        updates.append((gate, cache))
+        return scatter_residual(x, updates, inplace=inplace, backend=backend)
+    rows = gather_modulate(
+        x,
+        index,
+        shift,
+        scale,
+        residual=residual,
+        norm=norm,
+        weight=weight,
+        bias=bias,
+        eps=eps,
+        backend=backend,
+    )
+    fresh = mlp_rows(rows, fc1, fc2, activation=activation, backend=backend)
+    updates.append((gate, cache, fresh, inverse))
+    return scatter_residual(x, updates, inplace=inplace, backend=backend)

@@ -1,0 +1,154 @@
+"""Op bodies in plain PyTorch: the specification that every backend is tested against.
+
+Written to be read.  Arithmetic is in float32 and rounded once, as the contracts in ops.py say;
+inputs were checked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    B, H, _, _ = q.shape
+    score = q.new_zeros((B, k.shape[2]), dtype=torch.float32)
+    for h in range(H):  # one head at a time: the map of all heads need not fit
+        logits = torch.matmul(q[:, h].float(), k[:, h].float().transpose(-1, -2)) * scale
+        score += torch.exp(logits - lse[:, h, :, None]).sum(dim=1)
+    return score / max(H, 1)
+
+
+def select_tokens(
+    score: Tensor,
+    age: Tensor,
+    k: Sequence[int],
+    age_weight: float,
+    grid: Sequence[int],
+    cell: int,
+    bonus: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    R, N = score.shape
+    total = score + age_weight * age.float()
+    nan = total.isnan()
+    total = total.masked_fill(nan, -torch.inf)
+    if cell > 1 and bonus != 0.0 and N > 0:
+        best = _cell_maxima(total, grid, cell)
+        total = torch.where(best, total * (1.0 + total.new_tensor(bonus)), total)
+    # A stable sort keeps equal scores in index order: the lower index wins.
+    order = torch.sort(total, dim=1, descending=True, stable=True).indices
+    age += 1
+    inverse = torch.full((R, N), -1, dtype=torch.int32, device=score.device)
+    rows = []
+    for r in range(R):
+        index = order[r, : k[r]].sort().values
+        inverse[r, index] = torch.arange(k[r], dtype=torch.int32, device=score.device)
+        age[r, index] = 0
+        rows.append(index)
+    index = torch.cat(rows) if rows else score.new_zeros(0, dtype=torch.int64)
+    return index, inverse, nan.sum(dim=1, dtype=torch.int32)
+
+
+def _cell_maxima(total: Tensor, grid: Sequence[int], cell: int) -> Tensor:
+    """(R, N) bool: the first maximum of every cell x cell tile of the token grid."""
+    R, N = total.shape
+    frames, rows, cols = grid
+    pad_rows, pad_cols = -rows % cell, -cols % cell
+    tiled = F.pad(total.view(R * frames, rows, cols), (0, pad_cols, 0, pad_rows), value=-torch.inf)
+    tiled = tiled.unfold(1, cell, cell).unfold(2, cell, cell).flatten(3)
+    position = torch.arange(N, device=total.device).view(1, frames, rows, cols)
+    position = F.pad(position, (0, pad_cols, 0, pad_rows), value=N)
+    position = position.unfold(2, cell, cell).unfold(3, cell, cell).flatten(4)
+    # Among equal maxima the lowest token position, never a pad.
+    position = position.expand(R, *position.shape[1:]).reshape(tiled.shape)
+    is_max = tiled == tiled.amax(dim=-1, keepdim=True)
+    first = torch.where(is_max, position, N).amin(dim=-1).view(R, -1)
+    return torch.zeros_like(total, dtype=torch.bool).scatter_(1, first, True)
+
+
+def gather_modulate(
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor | None,
+    cache: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    if index is not None:
+        _check_range("index", index, 0, x.shape[1])
+
+    def rows(value: Tensor) -> Tensor:
+        """The selected rows in float32; a (B, C) value serves every row of its sample."""
+        if value.ndim == 2:
+            return value[:, None].float()
+        if index is None:
+            return value.float()
+        return value.gather(1, index[:, :, None].expand(-1, -1, value.shape[2])).float()
+
+    row = rows(x)
+    if cache is not None:
+        row = row + (rows(cache) if gate is None else rows(gate) * rows(cache))
+    if norm == "layer":
+        row = row - row.mean(dim=-1, keepdim=True)
+    row = row * torch.rsqrt(row.square().mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        row = row * weight.float()
+    if bias is not None:
+        row = row + bias.float()
+    return (row * (1.0 + rows(scale)) + rows(shift)).to(x.dtype)
+
+
+def mlp_rows(
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return F.linear(activate(F.linear(rows, weight1, bias1), activation), weight2, bias2)
+
+
+def activate(hidden: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(hidden)
+    return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def scatter_residual(
+    x: Tensor,
+    gates: Sequence[Tensor | None],
+    caches: Sequence[Tensor],
+    fresh: Sequence[Tensor | None],
+    inverse: Sequence[Tensor | None],
+    out: Tensor,
+) -> None:
+    total = x.float()
+    for gate, cache, rows, slot in zip(gates, caches, fresh, inverse, strict=True):
+        if rows is not None and slot is not None and rows.shape[1] > 0:
+            _check_range("inverse", slot, -1, rows.shape[1])
+            source = slot.clamp(min=0).long()[:, :, None].expand_as(cache)
+            cache.copy_(torch.where((slot >= 0)[:, :, None], rows.gather(1, source), cache))
+        value = cache.float()
+        if gate is not None:
+            value = (gate[:, None] if gate.ndim == 2 else gate).float() * value
+        total = total + value
+    out.copy_(total)
+
+
+def _check_range(name: str, index: Tensor, low: int, stop: int) -> None:
+    """Refuse an index out of [low, stop).  On a GPU this would wait for the device: not there."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    least, most = index.aminmax()
+    if least < low or most >= stop:
+        raise ValueError(
+            f"{name}: expected values in [{low}, {stop}), got {least.item()} to {most.item()}"
+        )
