@@ -1,0 +1,385 @@
+"""ToCaConfig: what a run skips, and the published presets. Their numbers live only in this file.
+
+A config is plain numbers. `ToCaConfig.plan` turns it into tables for one run (`plan.py`); the ops
+and blocks read the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from .plan import Plan, build_plan, check_integer, module_kind
+
+Selector = Literal["attention", "entropy", "random", "norm"]
+CountFrom = Literal["start", "end", "last_full"]
+FullSteps = Literal["exact", "fused"]
+
+# A factor of 1 - slope to 1 + slope is clamped to [0, 1] in the end; larger slopes only overflow.
+_MAX_FACTOR = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToCaConfig:
+    """Settings of token-wise caching; immutable, comparable, hashable, picklable.
+
+    Two numbers decide: every `interval`-th step runs in full, and in the cached steps between, each
+    layer recomputes the `fresh_ratio` of its MLP tokens that matter most. With nothing else given,
+    the first step is full and the ratio is the same in all layers and steps. "Published" means the
+    code of the ToCa paper (ICLR 2025), whose four models are the presets.
+
+    Which steps are full
+        interval: N0, steps between two full steps (N in the paper). 1 = always full.
+        warmup: first steps that are always full, >= 1.
+        count_from: where steps are counted from. "start": step i is full when N_t divides i,
+            i = 0 at the first step (PixArt, Open-Sora). "end": the same with i counting down to 0,
+            so the last step is full (DiT). "last_full": N_t steps after the latest full one (FLUX).
+        refresh_slope: w in N_t = round(N0 / phi), rewritten by each full step: phi runs linearly
+            from 1 - w at the first step to 1 + w at the last, so w > 0 makes full steps denser
+            towards the end (w_t in the paper). In (-1, 1).
+        window: (start, stop, period): while int(start * n) <= i < int(stop * n), with i counted by
+            `count_from` and n steps in all, a full step sets N_t = period (DiT).
+        decide_per_block: True repeats what the published DiT and PixArt code does: every block
+            decides for itself, after layer 0 of a full step has rewritten N_t. Where the new N_t
+            does not divide the step, layer 0 runs in full and the other layers run cached.
+        module_interval: {module: N0} for modules with an own interval (Open-Sora).
+
+    How many tokens a cached step recomputes:  k = int(clamp(r, 0, 1) * N),
+    r = fresh_ratio * layer factor * step factor * module factor
+        fresh_ratio: R0 in [0, 1]. 0 reuses every output whole. (The paper's R is 1 - R0.)
+        step_slope: w of the step factor, from 1 - w at the first step to 1 + w at the last.
+        layer_slope: w of the layer factor 1 - w + 2 w l / layer_span in layer l.
+        layer_span: the layer where that factor reaches 1 + w. None = the last one. Published: 27
+            for every model, also for the 38 layers of FLUX.
+        module_ratio: {module: factor}, keyed by "attn", "cross_attn", "mlp" or by a module of one
+            stream ("img_mlp"), which goes before its kind. Modules not named are reused whole.
+        round_k_to: k > 0 is rounded up to a multiple of this (at most N), so that k takes few
+            values and matches a GEMM tile. 1 = off, as published.
+
+    Which tokens (the score S = s + age_weight * age / interval, paper section 3)
+        selector: s. "attention": attention the token received in the last full step, s1.
+            "entropy": entropy of its cross-attention, s2. "norm": norm of the token. "random".
+        age_weight: w3, weight of the steps since the token was last computed, s3. `interval` is
+            N0 here, also where the period varies.
+        grid: side of the square cells in which the best token gets the bonus, s4. 1 = off.
+        bonus: b of s4: the best token of a cell counts S * (1 + b).
+
+    How it runs (no effect on the plan)
+        full_steps: "exact" calls the model's own forward on full steps, bit for bit; "fused" runs
+            them through this package's ops, faster, equal within rounding.
+        share_cfg_selection: the two guidance halves of a batch select the same tokens.
+        tabulate_modulation: gates, shifts and scales of all steps are computed once, before the
+            run, in one GEMM per layer; False computes them in each step.
+        prepack: weights are laid out once for the backend that reads them; False reads them as
+            they are, which saves the copy.
+        seed: of the "random" selector.
+    """
+
+    interval: int = 3
+    fresh_ratio: float = 0.1
+    age_weight: float = 0.25
+    grid: int = 1
+    bonus: float = 0.0
+    selector: Selector = "attention"
+
+    warmup: int = 1
+    count_from: CountFrom = "start"
+    refresh_slope: float = 0.0
+    window: tuple[float, float, int] | None = None
+    decide_per_block: bool = False
+    module_interval: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    step_slope: float = 0.0
+    layer_slope: float = 0.0
+    layer_span: int | None = None
+    module_ratio: Mapping[str, float] = field(default_factory=lambda: {"mlp": 1.0}, hash=False)
+    round_k_to: int = 1
+
+    full_steps: FullSteps = "exact"
+    share_cfg_selection: bool = False
+    tabulate_modulation: bool = True
+    prepack: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "grid", "warmup", "round_k_to"):
+            self._set(name, check_integer(name, getattr(self, name), low=1))
+        self._set("seed", check_integer("seed", self.seed, low=0))
+        if self.layer_span is not None:
+            self._set("layer_span", check_integer("layer_span", self.layer_span, low=1))
+        self._set("fresh_ratio", _number("fresh_ratio", self.fresh_ratio, 0.0, 1.0))
+        self._set("age_weight", _number("age_weight", self.age_weight, 0.0, math.inf))
+        self._set("bonus", _number("bonus", self.bonus, 0.0, math.inf))
+        for name in ("step_slope", "layer_slope"):
+            self._set(name, _number(name, getattr(self, name), -_MAX_FACTOR, _MAX_FACTOR))
+        self._set("refresh_slope", _number("refresh_slope", self.refresh_slope, -1.0, 1.0))
+        if abs(self.refresh_slope) == 1.0:
+            raise ValueError(
+                f"refresh_slope: expected a number between -1 and 1, both excluded "
+                f"(at 1 the period is infinite), got {self.refresh_slope!r}"
+            )
+        _choice("selector", self.selector, get_args(Selector))
+        _choice("count_from", self.count_from, get_args(CountFrom))
+        _choice("full_steps", self.full_steps, get_args(FullSteps))
+        for name in ("decide_per_block", "share_cfg_selection", "tabulate_modulation", "prepack"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.decide_per_block and self.count_from == "last_full":
+            raise ValueError(
+                "decide_per_block: expected False with count_from='last_full', where one counter "
+                "decides for all blocks of a step, got True"
+            )
+        self._set("window", _window(self.window))
+        self._set("module_interval", _settings("module_interval", self.module_interval, _interval))
+        self._set("module_ratio", _settings("module_ratio", self.module_ratio, _factor))
+
+    def _set(self, name: str, value: object) -> None:
+        """Store the checked value in its plain Python type (the dataclass is frozen)."""
+        object.__setattr__(self, name, value)
+
+    @property
+    def age_step(self) -> float:
+        """What one step of age adds to a token's score: age_weight / interval."""
+        return self.age_weight / self.interval
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ToCaConfig:
+        """The settings published for a model, with some of them replaced.
+
+            dit-ddim50        DiT-XL/2 256, DDIM 50 steps, N = 3
+            dit-ddpm250       DiT-XL/2 256, DDPM 250 steps, N = 4
+            pixart-dpm20      PixArt-alpha 256, DPM-Solver++ 20 steps, N = 3
+            opensora-rflow30  Open-Sora 1.2, rectified flow 30 steps
+            flux-50           FLUX.1-dev 1024, 50 steps, N = 4
+
+        At the model's own depth they are exact to the step and to the token, for any number of
+        steps and tokens and any interval and ratio. With `fresh_ratio=0` the published code turns
+        into FORA (everything reused), with a fixed period and only the first step of FLUX full;
+        so does the preset, unless an override says otherwise.
+        """
+        if name not in cls.presets():
+            raise ValueError(f"preset: expected one of {cls.presets()}, got {name!r}")
+        _known("override", overrides)
+        settings = dict(_PRESETS[name])
+        if overrides.get("fresh_ratio") == 0:
+            settings |= _WITHOUT_FRESH_TOKENS[name]
+        return cls(**(settings | overrides))
+
+    @classmethod
+    def presets(cls) -> list[str]:
+        """Names of the presets."""
+        return list(_PRESETS)
+
+    def replace(self, **changes: Any) -> ToCaConfig:
+        """A copy with some settings replaced."""
+        _known("setting", changes)
+        return dataclasses.replace(self, **changes)
+
+    def plan(
+        self,
+        *,
+        num_steps: int,
+        num_layers: int | Mapping[str, int],
+        num_tokens: int | Mapping[str, int],
+        modules: Sequence[str] | None = None,
+    ) -> Plan:
+        """The tables of one run: which steps are full, and k.
+
+        A module is named by its kind, "attn", "cross_attn" or "mlp", behind a prefix where a model
+        has several: "img_mlp" and "txt_mlp" for the streams of a double stream block, "single_attn"
+        and "single_mlp" for single stream blocks, "spatial_mlp" and "temporal_mlp" for lists of
+        blocks that alternate. Each has its own number of layers and tokens:
+
+            config.plan(num_steps=50, num_layers=28, num_tokens=256)                # DiT
+            layers = {"attn": 19, "img_mlp": 19, "txt_mlp": 19,
+                      "single_attn": 38, "single_mlp": 38}
+            tokens = {"attn": 4608, "img_mlp": 4096, "txt_mlp": 512,
+                      "single_attn": 4608, "single_mlp": 4608}
+            config.plan(num_steps=50, num_layers=layers, num_tokens=tokens)         # FLUX
+
+        Args:
+            num_steps: steps of the run, one model evaluation each.
+            num_layers: layers of every module, or {module: layers}.
+            num_tokens: N of every module, or {module: N}.
+            modules: names of the modules. None takes the names of a mapping given above, else
+                "attn", "cross_attn" and "mlp"; a module the model lacks may simply go unread.
+
+        Returns:
+            A `Plan`; row 0 of its tables is the first step of sampling.
+
+        Raises:
+            ValueError: a number below 1, an unknown module, mappings that name other modules, or a
+                fresh_ratio above 0 of which `module_ratio` gives none to any of the modules.
+        """
+        return build_plan(
+            self,
+            num_steps=num_steps,
+            num_layers=num_layers,
+            num_tokens=num_tokens,
+            modules=modules,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain: dict[type, Callable[[Any], Any]] = {MappingProxyType: dict, tuple: list}
+        return {name: plain.get(type(value), _same)(value) for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> ToCaConfig:
+        """The config with these settings and the defaults for the rest."""
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"settings: expected a mapping, got {settings!r}")
+        _known("setting", settings)
+        return cls(**settings)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all settings as JSON; a reader of `path` sees the old file or the new, whole."""
+        path = Path(path)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ToCaConfig:
+        """Read what `save` wrote; `load(save(c)) == c`. Settings left out take their defaults."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Read-only mappings cannot be pickled or deep-copied, the plain settings can.
+        return ToCaConfig.from_dict, (self.to_dict(),)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _known(what: str, names: Mapping[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(ToCaConfig)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {what} {unknown}: expected some of {known}")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a finite float in [low, high]; a bool is refused, a NumPy number taken."""
+    usable = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not usable or not math.isfinite(value) or not low <= value <= high:
+        bounds = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value!r}")
+    return float(value)
+
+
+def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+
+
+def _window(value: Any) -> tuple[float, float, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+        raise ValueError(f"window: expected None or (start, stop, period), got {value!r}")
+    start = _number("window start", value[0], 0.0, 1.0)
+    stop = _number("window stop", value[1], 0.0, 1.0)
+    if not start < stop:
+        raise ValueError(f"window: expected start < stop, got {value!r}")
+    return start, stop, check_integer("window period", value[2], low=1)
+
+
+def _interval(name: str, value: Any) -> int:
+    return check_integer(name, value, low=1)
+
+
+def _factor(name: str, value: Any) -> float:
+    return _number(name, value, 0.0, _MAX_FACTOR)
+
+
+def _settings(
+    name: str, value: Any, check: Callable[[str, Any], int | float]
+) -> MappingProxyType[str, Any]:
+    """A read-only copy of {module: setting}, in one order so that equal configs save alike."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: expected a mapping of modules, got {value!r}")
+    for module in value:
+        try:
+            module_kind(module)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    checked = {module: check(f"{name}[{module!r}]", value[module]) for module in sorted(value)}
+    return MappingProxyType(checked)
+
+
+# What the published code sets for each model: its command lines (README) and, for what they leave
+# open, its schedulers of the period and of the ratio. Published weights that fall over the run or
+# over the layers are negative slopes here. The age weight 0.25 is the same for all.
+_DIT: dict[str, Any] = {
+    "fresh_ratio": 0.07,
+    "grid": 2,
+    "bonus": 0.6,
+    "count_from": "end",
+    "refresh_slope": 0.4,
+    "window": (0.2, 0.4, 2),
+    "decide_per_block": True,
+    "module_ratio": {"mlp": 2.5},
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "dit-ddim50": _DIT | {"interval": 3, "step_slope": 2.0, "layer_slope": 0.2},
+    "dit-ddpm250": _DIT | {"interval": 4, "step_slope": 0.4, "layer_slope": -0.8},
+    "pixart-dpm20": {
+        "interval": 3,
+        "fresh_ratio": 0.3,
+        "grid": 4,
+        "bonus": 0.4,
+        "selector": "entropy",
+        "refresh_slope": 0.2,
+        "decide_per_block": True,
+        "step_slope": -0.9,
+        "layer_slope": -0.6,
+        "module_ratio": {"cross_attn": 0.6, "mlp": 1.6},
+        "share_cfg_selection": True,
+    },
+    # The published ratio of the cross-attention is -0.005 * R0: clamped, nothing is recomputed.
+    "opensora-rflow30": {
+        "interval": 3,
+        "fresh_ratio": 0.1,
+        "selector": "entropy",
+        "warmup": 3,
+        "module_interval": {"cross_attn": 6},
+        "module_ratio": {"mlp": 1.495},
+        "share_cfg_selection": True,
+    },
+    "flux-50": {
+        "interval": 4,
+        "fresh_ratio": 0.1,
+        "warmup": 3,
+        "count_from": "last_full",
+        "layer_slope": -0.5,
+        "layer_span": 27,
+        "module_ratio": {"img_mlp": 0.4, "txt_mlp": 0.4, "single_mlp": 1.6},
+    },
+}
+# What changes in the published code when the ratio is 0.
+_WITHOUT_FRESH_TOKENS: dict[str, dict[str, Any]] = {
+    "dit-ddim50": {"refresh_slope": 0.0, "window": None},
+    "dit-ddpm250": {"refresh_slope": 0.0, "window": None},
+    "pixart-dpm20": {"refresh_slope": 0.0},
+    "opensora-rflow30": {},
+    "flux-50": {"warmup": 1},
+}
