@@ -1,0 +1,98 @@
+"""Reading a module's weights, or calling the module: never the first where it could be wrong.
+
+A linear that was replaced or wrapped (LoRA, quantised, hooked, offloaded, parametrised) computes
+something other than its weight says.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..native import PackedLinear, packing_unavailable
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_hf_hook",  # accelerate: offload
+    "_diffusers_hook",  # diffusers: caches, layerwise casting, group offload
+    "parametrizations",
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks or parametrisations act when the module is called."""
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says, and nothing else."""
+    return "forward" not in vars(module) and not hooked(module)
+
+
+def plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the module is exactly x @ weight.T + bias."""
+    return type(module) is nn.Linear and unhooked(module) and module.weight.dtype in _DTYPES
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The name that `mlp_rows` has for an activation module; None if it has none."""
+    if not unhooked(module):
+        return None
+    if type(module) is nn.SiLU:
+        return "silu"
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return None
+
+
+class PackedMLP:
+    """The two linears of an MLP, packed once and packed again when their weights change."""
+
+    def __init__(self) -> None:
+        self._packed: tuple[PackedLinear, PackedLinear] | None = None
+        self._of: tuple[object, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(linear.nbytes for linear in self._packed) if self._packed else 0
+
+    def linears(self) -> tuple[PackedLinear, PackedLinear] | None:
+        return self._packed
+
+    def refresh(self, fc1: nn.Linear | None, fc2: nn.Linear | None) -> None:
+        """Pack these linears unless that was done; None, or what cannot be packed, unpacks."""
+        if (
+            fc1 is None
+            or fc2 is None
+            or packing_unavailable(fc1.weight.dtype, fc1.weight.device)
+            or fc1.weight.dtype != fc2.weight.dtype
+        ):
+            self._packed, self._of = None, ()
+            return
+        now = (*fingerprint(fc1), *fingerprint(fc2))
+        if now != self._of:
+            self._packed = (PackedLinear.from_linear(fc1), PackedLinear.from_linear(fc2))
+            self._of = now
+
+
+def fingerprint(linear: nn.Linear) -> tuple[object, ...]:
+    """Changes with the weights, also where they are written through `.data`, as fusing LoRA does.
+
+    One read of the weights, once a run.
+    """
+    return tuple(
+        value
+        for tensor in (linear.weight, linear.bias)
+        if tensor is not None
+        for value in (tensor.data_ptr(), tensor._version, bit_sum(tensor))
+    )
+
+
+def bit_sum(tensor: Tensor) -> int:
+    """Sum of the bit patterns."""
+    bits = torch.int32 if tensor.element_size() == 4 else torch.int16
+    return int(tensor.detach().contiguous().view(bits).sum(dtype=torch.int64))

@@ -1,0 +1,73 @@
+"""What every adapter offers, and how missing structure is put into words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..blocks.self_mlp import BlockParts
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What one call of the model says about the step at hand.
+
+    Attributes:
+        timestep: the call's timestep, (), (1,) or (B,).
+        labels: class labels, (B,): what sets the two guidance branches apart.
+        grid: (rows, cols) of the tokens.
+    """
+
+    timestep: Tensor
+    labels: Tensor
+    grid: tuple[int, int]
+
+
+class Adapter:
+    """A model seen as a list of blocks of one family; one subclass for each source."""
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    def missing(cls, model: nn.Module) -> str:
+        """What keeps `model` from being of this kind, in words; empty if nothing does."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[BlockParts]:
+        """The blocks in their order."""
+        raise NotImplementedError
+
+    def call(self, *args: Any, **kwargs: Any) -> ModelCall:
+        """Read the arguments of the model's forward."""
+        raise NotImplementedError
+
+    def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
+        """For each block the (n, C) input of its modulation at n (timestep, label) pairs.
+
+        `like` is a tensor of hidden states: its dtype is what the blocks would see.
+        """
+        raise NotImplementedError
+
+    def shape(self) -> tuple[int, float]:
+        """(heads, width of the MLP over C), for the count of FLOPs."""
+        raise NotImplementedError
+
+
+def lacking(module: object, paths: Sequence[str]) -> list[str]:
+    """Those of the dotted attribute paths that the module does not have."""
+    return [path for path in paths if find_attribute(module, path) is None]
+
+
+def find_attribute(module: object, path: str) -> Any:
+    """module.a.b for "a.b"; None where a part is missing or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module

@@ -1,0 +1,113 @@
+"""diffusers' DiTTransformer2DModel: BasicTransformerBlock with norm_type="ada_norm_zero"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..blocks.linear import hooked, plain
+from ..blocks.self_mlp import BlockParts, Norm
+from .adapter import Adapter, ModelCall, find_attribute, lacking
+
+_BLOCK = (
+    "norm1.emb.timestep_embedder",
+    "norm1.emb.class_embedder",
+    "norm1.silu",
+    "norm1.linear",
+    "norm1.norm",
+    "attn1.to_q",
+    "attn1.heads",
+    "norm3",
+    "ff.net",
+)
+
+
+class DiffusersDiT(Adapter):
+    name = "diffusers DiTTransformer2DModel"
+
+    @classmethod
+    def missing(cls, model: nn.Module) -> str:
+        blocks = getattr(model, "transformer_blocks", None)
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            return "transformer_blocks as a ModuleList that is not empty"
+        for layer, block in enumerate(blocks):
+            at = f"transformer_blocks.{layer}"
+            names = lacking(block, _BLOCK)
+            if names:
+                return ", ".join(f"{at}.{name}" for name in names)
+            kind = getattr(block, "norm_type", None)
+            if kind != "ada_norm_zero":
+                return f"norm_type='ada_norm_zero' of {at} (it is {kind!r})"
+            extra = [name for name in ("attn2", "pos_embed") if getattr(block, name, None)]
+            if extra:
+                return f"{at} without {' and '.join(extra)}"
+        return ""
+
+    def blocks(self) -> list[BlockParts]:
+        return [_parts(block) for block in self.model.transformer_blocks]
+
+    def call(self, *args: Any, **kwargs: Any) -> ModelCall:
+        names = ("hidden_states", "timestep", "class_labels")
+        x, t, y = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        patch = int(find_attribute(self.model, "config.patch_size") or self.model.patch_size)
+        return ModelCall(t, y, (x.shape[-2] // patch, x.shape[-1] // patch))
+
+    def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
+        for block in self.model.transformer_blocks:
+            yield _condition(block, timesteps, labels, like)
+
+    def shape(self) -> tuple[int, float]:
+        block = self.model.transformer_blocks[0]
+        fc2 = block.ff.net[2]
+        return int(block.attn1.heads), fc2.in_features / fc2.out_features
+
+
+def _condition(block: nn.Module, timesteps: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+    norm = block.norm1
+    return norm.silu(norm.emb(timesteps, labels, hidden_dtype=like.dtype))
+
+
+def _parts(block: nn.Module) -> BlockParts:
+    def condition(
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        assert timestep is not None and class_labels is not None
+        return _condition(block, timestep, class_labels, hidden_states)
+
+    return BlockParts(
+        block=block,
+        hidden="hidden_states",
+        attn=block.attn1,
+        mlp=block.ff,
+        norm1=lambda: Norm.of(block.norm1.norm),
+        norm2=lambda: Norm.of(block.norm3),
+        mlp_linears=lambda: _mlp_linears(block),
+        modulation=lambda: block.norm1.linear,
+        condition=condition,
+    )
+
+
+def _mlp_linears(block: nn.Module) -> tuple[nn.Linear, nn.Linear, str] | None:
+    """(fc1, fc2, activation) of a FeedForward if it is GELU(linear), dropout, linear."""
+    net = block.ff.net
+    gelu = net[0]
+    if (
+        len(net) != 3
+        or getattr(block, "_chunk_size", None) is not None
+        or type(gelu).__name__ != "GELU"
+        or not isinstance(net[1], nn.Dropout)
+        or any(hooked(module) for module in net)
+        or not plain(gelu.proj)
+        or not plain(net[2])
+    ):
+        return None
+    return gelu.proj, net[2], "gelu_tanh" if gelu.approximate == "tanh" else "gelu"

@@ -1,0 +1,96 @@
+"""facebookresearch/DiT and what is built like it (timm attention and MLP, adaLN-Zero per block)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..blocks.linear import activation_of, plain
+from ..blocks.self_mlp import BlockParts, Norm
+from .adapter import Adapter, ModelCall, find_attribute, lacking
+
+_MODEL = ("blocks", "t_embedder", "y_embedder", "x_embedder")
+_BLOCK = (
+    "norm1",
+    "attn.qkv",
+    "attn.proj",
+    "attn.num_heads",
+    "norm2",
+    "mlp.fc1",
+    "mlp.act",
+    "mlp.fc2",
+    "adaLN_modulation",
+)
+# Parts of timm's Mlp that do nothing in inference.
+_INERT = (nn.Dropout, nn.Identity)
+
+
+class FacebookDiT(Adapter):
+    name = "facebookresearch/DiT"
+
+    @classmethod
+    def missing(cls, model: nn.Module) -> str:
+        names = lacking(model, _MODEL)
+        if names:
+            return ", ".join(names)
+        blocks = model.blocks
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            return "blocks as a ModuleList that is not empty"
+        for layer, block in enumerate(blocks):
+            names = lacking(block, _BLOCK)
+            if names:
+                return ", ".join(f"blocks.{layer}.{name}" for name in names)
+            if not isinstance(block.norm1, nn.LayerNorm) or not isinstance(block.norm2, nn.LayerNorm):
+                return f"LayerNorm as norm1 and norm2 of blocks.{layer}"
+            if not isinstance(block.adaLN_modulation, nn.Sequential):
+                return f"blocks.{layer}.adaLN_modulation as a Sequential"
+        return ""
+
+    def blocks(self) -> list[BlockParts]:
+        return [_parts(block) for block in self.model.blocks]
+
+    def call(self, *args: Any, **kwargs: Any) -> ModelCall:
+        x, t, y = (
+            args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("x", "t", "y"))
+        )
+        patch = find_attribute(self.model, "x_embedder.patch_size")
+        rows, cols = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+        return ModelCall(t, y, (x.shape[-2] // rows, x.shape[-1] // cols))
+
+    def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
+        model = self.model
+        c = model.t_embedder(timesteps) + model.y_embedder(labels, False)
+        for block in model.blocks:
+            yield block.adaLN_modulation[:-1](c)
+
+    def shape(self) -> tuple[int, float]:
+        block = self.model.blocks[0]
+        fc1 = block.mlp.fc1
+        return int(block.attn.num_heads), fc1.out_features / fc1.in_features
+
+
+def _parts(block: nn.Module) -> BlockParts:
+    return BlockParts(
+        block=block,
+        hidden="x",
+        attn=block.attn,
+        mlp=block.mlp,
+        norm1=lambda: Norm.of(block.norm1),
+        norm2=lambda: Norm.of(block.norm2),
+        mlp_linears=lambda: mlp_linears(block.mlp),
+        modulation=lambda: block.adaLN_modulation[-1],
+        condition=lambda x=None, c=None: block.adaLN_modulation[:-1](c),
+    )
+
+
+def mlp_linears(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear, str] | None:
+    """(fc1, fc2, activation) of timm's Mlp if it is just that."""
+    activation = activation_of(mlp.act)
+    for name, module in mlp.named_children():
+        if name not in ("fc1", "act", "fc2") and not isinstance(module, _INERT):
+            return None
+    if activation is None or not plain(mlp.fc1) or not plain(mlp.fc2):
+        return None
+    return mlp.fc1, mlp.fc2, activation

@@ -1,0 +1,314 @@
+"""One run: which step is at hand, what the plan says of it, and what was done.
+
+A model's forward tells its timestep and labels, nothing more.  `Run` finds out from those where a
+run begins and which guidance branch a call belongs to; `Branch` carries one branch's cache through
+the plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .blocks.self_mlp import CACHED_CHUNKS, SelfMLP
+from .cache import TokenCache
+from .config import ToCaConfig
+from .models.adapter import Adapter, ModelCall
+from .plan import Plan
+
+
+@dataclass
+class Done:
+    """What the steps of a run did, counted as they ran.
+
+    Attributes:
+        k: for each step, tokens computed in the MLP of each layer; N where the step was full.
+        full: for each step, which layers ran in full.
+        seconds: of each step, the model's forward.
+        samples, tokens: B and N, 0 before the first step.
+    """
+
+    k: list[list[int]] = field(default_factory=list)
+    full: list[list[bool]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    samples: int = 0
+    tokens: int = 0
+    channels: int = 0
+    nan: int = 0
+
+
+class Branch:
+    """One guidance branch of a run (the only one where both halves are in one batch)."""
+
+    def __init__(self, run: Run, position: int = 0, first: float | None = None) -> None:
+        self.run = run
+        self.fused = run.config.full_steps == "fused"
+        self.position = position
+        self.first = first
+        self.last: float | None = None
+        self.done = Done()
+        self.cache: TokenCache = None  # type: ignore[assignment]  # made by the first step
+        self._call: ModelCall
+        self._forced = False
+        self._plan: Plan
+        self.peak_table_nbytes = 0
+        self._tables: list[Tensor] | None = None
+        self._rows: dict[int, int] = {}
+        self._generator: torch.Generator | None = None
+
+    # --- what the blocks ask (blocks.self_mlp.Step) -------------------------------------------
+
+    def begin(self, x: Tensor) -> None:
+        """First block of a step: make the cache, force a full step where it does not fit."""
+        run, config = self.run, self.run.config
+        if self.cache is None or not self.cache.fits(x):
+            self._plan = run.plan(x.shape[1])
+            self.cache = TokenCache(
+                len(run.blocks),
+                x.shape,
+                x.dtype,
+                x.device,
+                share_halves=config.share_cfg_selection,
+            )
+            self._tables = None
+            self.done.samples, self.done.tokens, self.done.channels = x.shape
+        full = self._plan.full["mlp"][self.position]
+        self._forced = bool((~full).any()) and not all(self.cache.valid)
+        if self._forced:
+            full = np.ones_like(full)
+        k = np.where(full, x.shape[1], self._plan.k["mlp"][self.position]).tolist()
+        cached = (~full).tolist()
+        if any(cached):
+            self._tabulate(x)
+            self._select(cached, k)
+        self.done.k.append(k)
+        self.done.full.append(full.tolist())
+
+    def full(self, layer: int) -> bool:
+        return self.done.full[-1][layer]
+
+    def selector(self, layer: int) -> str | None:
+        """The selector whose scores this full step must leave behind, if any reads them."""
+        if self.run.config.selector == "random":
+            return None
+        needed = self._forced or self._plan.needs_score("mlp")[self.position, layer]
+        return self.run.config.selector if needed else None
+
+    def modulation(self, layer: int) -> Tensor | None:
+        """This step's rows of the layer's table; None where there is no table for this step."""
+        if self._tables is None or self.position not in self._rows:
+            return None
+        first = self._rows[self.position] * self.done.samples
+        return self._tables[layer][first : first + self.done.samples]
+
+    # --- inside a step ------------------------------------------------------------------------
+
+    def _select(self, cached: Sequence[bool], k: Sequence[int]) -> None:
+        config = self.run.config
+        if config.selector == "random":
+            self.cache.score.uniform_(generator=self._random())
+        self.done.nan += self.cache.select(
+            cached,
+            k,
+            age_weight=config.age_step,
+            grid=self._call.grid,
+            cell=config.grid,
+            bonus=config.bonus,
+        )
+
+    def _random(self) -> torch.Generator:
+        if self._generator is None:
+            self._generator = torch.Generator(self.cache.score.device)
+            self._generator.manual_seed(self.run.config.seed)
+        return self._generator
+
+    def _tabulate(self, x: Tensor) -> None:
+        """Modulations of all remaining cached steps, in one GEMM for each layer."""
+        timesteps = self.run.timesteps
+        if self._tables is not None or not self.run.config.tabulate_modulation or not timesteps:
+            return
+        steps = [
+            step
+            for step in range(self.position, min(self._plan.num_steps, len(timesteps)))
+            if self.fused or not self._plan.full["mlp"][step].all()
+        ]
+        if not steps or timesteps[self.position] != self.last:
+            return  # these are not the timesteps that were announced: computed step by step
+        B = self.done.samples
+        t = torch.tensor([timesteps[step] for step in steps], device=self._call.timestep.device)
+        t = t.to(self._call.timestep.dtype).repeat_interleave(B)
+        labels = self._call.labels.repeat(len(steps))
+        conditions = self.run.adapter.conditions(t, labels, x)
+        chunks = slice(None) if self.fused else CACHED_CHUNKS
+        self._tables = [
+            block.modulate(condition, chunks)
+            for block, condition in zip(self.run.blocks, conditions, strict=True)
+        ]
+        self._rows = {step: row for row, step in enumerate(steps)}
+        self.peak_table_nbytes = sum(table.nbytes for table in self._tables)
+
+    def enter(self, call: ModelCall, timestep: float | None) -> None:
+        self._call = call
+        self.last = timestep
+        if self.first is None:
+            self.first = timestep
+        announced = self.run.timesteps
+        if announced and self._rows and timestep != announced[self.position]:
+            self._rows = {}  # off the announced track: the table does not hold this step
+
+    def leave(self, seconds: float) -> None:
+        self.position += 1
+        self.done.seconds.append(seconds)
+        if self.position == self.run.num_steps:
+            self.cache.invalidate()
+            self._tables, self._rows = None, {}
+
+    def abort(self) -> None:
+        """The step did not finish: nothing it left behind may be read."""
+        del self.done.k[len(self.done.seconds) :], self.done.full[len(self.done.seconds) :]
+        if self.cache is not None:
+            self.cache.invalidate()
+
+
+class Run:
+    """The run that is under way, found out from the model's calls.
+
+    A run begins with the first call, when `begin` announced it (a scheduler's set_timesteps), and
+    when the timestep returns to where the run started or moves against its direction.  A call with
+    other labels at the first timestep opens a second guidance branch.  On a GPU timesteps are not
+    read back, so only calls are counted there.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        blocks: Sequence[SelfMLP],
+        config: ToCaConfig,
+        num_steps: int | None,
+        timesteps: Sequence[float] | None,
+    ) -> None:
+        self.adapter = adapter
+        self.blocks = blocks
+        self.config = config
+        self.num_steps = num_steps
+        self.timesteps = list(timesteps) if timesteps is not None else []
+        self.active: Branch | None = None
+        self.branches: dict[object, Branch] = {}
+        self._plans: dict[tuple[int, int], Plan] = {}
+
+    def begin(self, num_steps: int, timesteps: Sequence[float]) -> None:
+        """A run is about to start: forget the last one."""
+        self.num_steps = num_steps
+        self.timesteps = list(timesteps)
+        self.branches = {}
+
+    def plan(self, tokens: int) -> Plan:
+        assert self.num_steps is not None
+        key = (self.num_steps, tokens)
+        if key not in self._plans:
+            plan = self.config.plan(
+                num_steps=self.num_steps,
+                num_layers=len(self.blocks),
+                num_tokens=tokens,
+                modules=("attn", "mlp"),
+            )
+            if (plan.full["attn"] != plan.full["mlp"]).any():
+                raise ValueError(
+                    "module_interval: expected one interval for the attention and the MLP of this "
+                    f"model, got {dict(self.config.module_interval)}"
+                )
+            if plan.k["attn"][~plan.full["attn"]].any():
+                raise ValueError(
+                    "module_ratio: expected no ratio for 'attn', whose output is reused whole in "
+                    f"this model, got {dict(self.config.module_ratio)}"
+                )
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def call(self, call: ModelCall, forward: Callable[[], object]) -> object:
+        """Run the model's own forward as the next step of the branch that `call` belongs to."""
+        branch = self._branch(call)
+        self.active = branch
+        started = time.perf_counter()
+        try:
+            out = forward()
+        except BaseException:
+            branch.abort()
+            raise
+        finally:
+            self.active = None
+        branch.leave(time.perf_counter() - started)
+        return out
+
+    def _branch(self, call: ModelCall) -> Branch:
+        if self.num_steps is None:
+            raise ValueError(
+                "num_steps: expected the number of sampling steps, as enable(..., num_steps=50); "
+                "only a pipeline's scheduler can tell it"
+            )
+        timestep = _read(call.timestep)
+        key = _branch_key(call.labels)
+        branch = self.branches.get(key)
+        if branch is None or self._restarts(branch, timestep):
+            branch = self._open(key, timestep)
+        if branch.position >= self.num_steps:
+            raise ValueError(
+                f"num_steps: expected a run of {self.num_steps} steps, got one more, at timestep "
+                f"{timestep}; enable with the number of steps that you sample"
+            )
+        branch.enter(call, timestep)
+        return branch
+
+    def _open(self, key: object, timestep: float | None) -> Branch:
+        """A new branch: of a new run, of the step at hand, or in the place of one that changed."""
+        peers = {k: b for k, b in self.branches.items() if k != key and b.last == timestep}
+        position, first = 0, None
+        if key not in self.branches:
+            # The labels or the batch changed in the middle of a run: it goes on where it was, with
+            # a full step, because this branch has nothing cached.
+            for other in self.branches.values():
+                if not self._restarts(other, timestep) or other.last == timestep:
+                    position = other.position - (other.last == timestep)
+                    first = other.first
+                    break
+        if not peers and position == 0:
+            for block in self.blocks:
+                block.prepare()
+        branch = Branch(self, position, first)
+        self.branches = {**peers, key: branch}
+        return branch
+
+    def _restarts(self, branch: Branch, timestep: float | None) -> bool:
+        """Whether this call starts a new run of the branch rather than its next step."""
+        if timestep is None or branch.first is None or branch.last is None:
+            return branch.position >= (self.num_steps or 0)
+        if timestep == branch.first:
+            return True
+        direction = branch.last - branch.first
+        return direction != 0 and (timestep - branch.last) * direction < 0
+
+
+def _read(timestep: Tensor) -> float | None:
+    """The timestep as a number, where reading it does not wait for a device."""
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    if timestep.device.type != "cpu" or timestep.numel() == 0:
+        return None
+    values = timestep.flatten()
+    if (values != values[0]).any():
+        raise ValueError(
+            f"timestep: expected one timestep for the whole batch, got {values.unique().tolist()}"
+        )
+    return float(values[0])
+
+
+def _branch_key(labels: Tensor) -> object:
+    """What tells guidance branches apart: the labels, or where they live on a device."""
+    if labels.device.type == "cpu":
+        return tuple(labels.flatten().tolist())
+    return labels.data_ptr(), tuple(labels.shape)
