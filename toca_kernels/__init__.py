@@ -14,6 +14,8 @@ from .ops import (
 from .plan import Plan
 from .session import Session, Summary, disable, enable, enabled
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BackendStatus",
     "Plan",
@@ -21,6 +23,7 @@ __all__ = [
     "Session",
     "Summary",
     "ToCaConfig",
+    "__version__",
     "attention_scores",
     "backends",
     "disable",

@@ -34,7 +34,8 @@ def tensor(
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.ndim != len(shape) or any(
-        isinstance(want, int) and want != have for want, have in zip(shape, value.shape, strict=True)
+        isinstance(want, int) and want != have
+        for want, have in zip(shape, value.shape, strict=True)
     ):
         raise ValueError(
             f"{name}: expected shape {shape_text(shape)}, got {shape_text(value.shape)}"

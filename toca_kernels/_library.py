@@ -31,9 +31,7 @@ def _attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float, backend: 
     return _BODIES[backend].attention_scores(q, k, lse, scale)
 
 
-def _attention_scores_fake(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, backend: str
-) -> Tensor:
+def _attention_scores_fake(q: Tensor, k: Tensor, lse: Tensor, scale: float, backend: str) -> Tensor:
     return q.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32)
 
 

@@ -183,9 +183,7 @@ class PackedLinear:
 
     def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
         post, algorithm = _POST_OPS[activation] if activation else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(
-            rows, self.weight, self.bias, post, [], algorithm
-        )
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, post, [], algorithm)
 
 
 @functools.cache
@@ -211,7 +209,5 @@ def packing_unavailable(dtype: torch.dtype, device: torch.device) -> str:
     return ""
 
 
-def packed_mlp_rows(
-    rows: Tensor, fc1: PackedLinear, fc2: PackedLinear, activation: str
-) -> Tensor:
+def packed_mlp_rows(rows: Tensor, fc1: PackedLinear, fc2: PackedLinear, activation: str) -> Tensor:
     return fc2(fc1(rows, activation))

@@ -5,7 +5,7 @@ A ToCa step that recomputes k of N tokens is four memory-bound ops around two li
     selection = select_tokens(score, age, k, ...)                       which tokens, all layers
     rows  = gather_modulate(x, selection.index, shift, scale, ...)      only those rows, normalised
     fresh = mlp_rows(rows, fc1, fc2)                                    the MLP of those rows
-    x     = scatter_residual(x, [(gate, cache, fresh, inverse), ...])   the rest comes from the cache
+    x     = scatter_residual(x, [(gate, cache, fresh, inverse), ...])   the rest: from the cache
 
 Letters: B samples, N tokens, k selected tokens, C channels, H heads, D channels of a head,
 F hidden channels of the MLP, R rows of a selection (layers x samples).
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,9 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
 MAX_UPDATES = 4
 
-Linear = nn.Linear | PackedLinear | tuple[Tensor, Tensor | None]
-Residual = tuple[Tensor | None, Tensor]
-Update = tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor, Tensor]
+Linear: TypeAlias = nn.Linear | PackedLinear | tuple[Tensor, Tensor | None]
+Residual: TypeAlias = tuple[Tensor | None, Tensor]
+Update: TypeAlias = tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,9 @@ def _grid(grid: Sequence[int] | None, N: int, *, needed: bool) -> tuple[int, int
         raise ValueError(f"grid: expected (rows, cols) or (frames, rows, cols), got {grid!r}")
     frames, rows, cols = (1, *sizes) if len(sizes) == 2 else sizes
     if frames * rows * cols != N:
-        raise ValueError(f"grid: expected a grid of {N} tokens, got {sizes} = {frames * rows * cols}")
+        raise ValueError(
+            f"grid: expected a grid of {N} tokens, got {sizes} = {frames * rows * cols}"
+        )
     return frames, rows, cols
 
 

@@ -26,17 +26,12 @@ struct Float {
     for (int64_t d = 0; d < D; ++d) tile[d * kKeys + lane] = to_float(key[d]);
   }
   static void pack_query(const T* query, int64_t D, Packed* row) {
-    for (int64_t d = 0; d < D; ++d) row[d] = to_float(query[d]);
+    int64_t d = 0;
+    for (; d + kVec <= D; d += kVec) store(row + d, load(query + d));
+    if (d < D) store_tail(row + d, load_tail(query + d, int(D - d)), int(D - d));
   }
   static Vec multiply_add(Vec sum, Packed query, const Packed* keys) {
     return sum + query * load(keys);
-  }
-  static float to_float(T value) {
-    if constexpr (sizeof(T) == 4) {
-      return value;
-    } else {
-      return load_tail(&value, 1)[0];
-    }
   }
 };
 
@@ -53,7 +48,8 @@ struct Arithmetic<bf16> {
     for (int64_t d = 0; d < channels(D); ++d) tile[d * kKeys + lane] = pair(key, D, d);
   }
   static void pack_query(const bf16* query, int64_t D, Packed* row) {
-    for (int64_t d = 0; d < channels(D); ++d) row[d] = pair(query, D, d);
+    row[channels(D) - 1] = 0;  // an odd D leaves half of the last pair open
+    std::memcpy(row, query, D * sizeof(bf16));
   }
   static Vec multiply_add(Vec sum, Packed query, const Packed* keys) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(query)),
@@ -66,10 +62,10 @@ struct Arithmetic<bf16> {
 };
 #endif
 
-// Adds exp(scale * q.k - lse) of kQueries queries to the column sums of kKeys keys.
+// Adds exp(scale * q.k - lse) of the first `count` queries to the column sums of kKeys keys.
 template <class A>
 void add_queries(const typename A::Packed* queries, const typename A::Packed* keys,
-                 int64_t channels, const float* lse2, float scale2, Vec* column) {
+                 int64_t channels, int64_t count, const float* lse2, float scale2, Vec* column) {
   Vec dot[kQueries][kKeyVecs] = {};
   for (int64_t d = 0; d < channels; ++d) {
 #pragma GCC unroll 8
@@ -80,9 +76,11 @@ void add_queries(const typename A::Packed* queries, const typename A::Packed* ke
                                     keys + d * kKeys + v * kVec);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kQueries; ++i)
+  for (int i = 0; i < kQueries; ++i) {
+    if (i >= count) break;  // not a weight of 0: infinity * 0 is NaN
 #pragma GCC unroll 8
     for (int v = 0; v < kKeyVecs; ++v) column[v] += exp2(dot[i][v] * scale2 - lse2[i]);
+  }
 }
 
 template <class T>
@@ -96,29 +94,26 @@ struct Tile {
 template <class T>
 void sum_columns(const AttentionScores& p, int64_t b, int64_t h, int64_t first, Tile<T>& tile) {
   using A = Arithmetic<T>;
-  const int64_t channels = A::channels(p.D), count = std::min<int64_t>(kKeys, p.N - first);
+  const int64_t channels = A::channels(p.D), keys = std::min<int64_t>(kKeys, p.N - first);
   const T* k = (const T*)p.k + b * p.k_b + h * p.k_h + first * p.k_n;
   tile.keys.fill(0);
-  for (int64_t j = 0; j < count; ++j) A::pack_key(k + j * p.k_n, p.D, int(j), tile.keys.data());
+  for (int64_t j = 0; j < keys; ++j) A::pack_key(k + j * p.k_n, p.D, int(j), tile.keys.data());
   const T* q = (const T*)p.q + b * p.q_b + h * p.q_h;
   const float* lse = p.lse + (b * p.H + h) * p.Nq;
   Vec column[kKeyVecs] = {};
   for (int64_t i0 = 0; i0 < p.Nq; i0 += kQueries) {
-    float lse2[kQueries];
-    for (int i = 0; i < kQueries; ++i) {
-      if (i0 + i < p.Nq) {
-        A::pack_query(q + (i0 + i) * p.q_n, p.D, tile.queries.data() + i * channels);
-        lse2[i] = lse[i0 + i] * kLog2e;
-      } else {  // no such query: exp2(0 - infinity) adds nothing
-        for (int64_t d = 0; d < channels; ++d) tile.queries[i * channels + d] = 0;
-        lse2[i] = INFINITY;
-      }
+    const int64_t count = std::min<int64_t>(kQueries, p.Nq - i0);
+    float lse2[kQueries] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      A::pack_query(q + (i0 + i) * p.q_n, p.D, tile.queries.data() + i * channels);
+      lse2[i] = lse[i0 + i] * kLog2e;
     }
-    add_queries<A>(tile.queries.data(), tile.keys.data(), channels, lse2, p.scale * kLog2e, column);
+    add_queries<A>(tile.queries.data(), tile.keys.data(), channels, count, lse2, p.scale * kLog2e,
+                   column);
   }
   float* out = p.partial + (b * p.H + h) * p.N + first;
   for (int v = 0; v < kKeyVecs; ++v)
-    for (int i = 0; i < kVec && v * kVec + i < count; ++i) out[v * kVec + i] = column[v][i];
+    for (int i = 0; i < kVec && v * kVec + i < keys; ++i) out[v * kVec + i] = column[v][i];
 }
 
 template <class T>

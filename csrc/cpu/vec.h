@@ -111,6 +111,18 @@ inline Vec load(const f16* p) {
 #endif
 }
 
+// --- one value as float32: for loops that cannot load a vector ---
+
+inline float to_float(float value) { return value; }
+inline float to_float(bf16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
+inline float to_float(f16 value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#else
+  return half_to_float(value.bits);
+#endif
+}
+
 // --- store: float32 rounded to nearest even, NaN stays NaN ---
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
@@ -173,22 +185,35 @@ inline void for_row(int64_t C, Body body) {
   }
 }
 
-// 2^x to 2 units in the last place; 0 below -126.5, infinity from 127.5; NaN stays NaN.
+inline Vec exp2_fraction(Vec f) {  // 2^f for f in [-0.5, 0.5]
+  Vec p = splat(1.5353362e-4f);
+  p = p * f + 1.3398874e-3f;
+  p = p * f + 9.6184373e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022649e-1f;
+  p = p * f + 6.9314720e-1f;
+  return p * f + 1.f;
+}
+
+// 2^x to 2 units in the last place for -126 <= x <= 126; 0 from -127 down; NaN stays NaN.
 inline Vec exp2(Vec x) {
-  const Vec low = splat(-127.f), high = splat(128.f), magic = splat(12582912.f);  // 1.5 * 2^23
+#if defined(__AVX512F__)
+  // The second operand of max and min passes where one is NaN.
+  const __m512 low = _mm512_set1_ps(-127.f), high = _mm512_set1_ps(128.f);
+  const __m512 y = _mm512_min_ps(high, _mm512_max_ps(low, (__m512)x));
+  const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec p = (Vec)_mm512_scalef_ps((__m512)exp2_fraction((Vec)_mm512_sub_ps(y, whole)), whole);
+  const __mmask16 keep = _mm512_cmp_ps_mask(y, low, _CMP_NLE_UQ);
+  return (Vec)_mm512_maskz_mov_ps(keep, (__m512)p);
+#else
+  const Vec low = splat(-127.f), high = splat(126.f), magic = splat(12582912.f);  // 1.5 * 2^23
   x = x < low ? low : x;  // a comparison with NaN is false: NaN passes through
   x = x > high ? high : x;
-  const Vec shifted = x + magic;           // the integer part, rounded, in the low bits
-  const Vec fraction = x - (shifted - magic);  // in [-0.5, 0.5]
-  Vec p = splat(1.5353362e-4f);
-  p = p * fraction + 1.3398874e-3f;
-  p = p * fraction + 9.6184373e-3f;
-  p = p * fraction + 5.5503324e-2f;
-  p = p * fraction + 2.4022649e-1f;
-  p = p * fraction + 6.9314720e-1f;
-  p = p * fraction + 1.f;
+  const Vec shifted = x + magic;  // the integer part, rounded, in the low bits
   const VecU exponent = (bits_as<VecU>(shifted) - bits_as<VecU>(magic) + 127u) << 23;
-  return p * bits_as<Vec>(exponent);  // exponent bits 0 (2^-127) are 0, 255 (2^128) infinity
+  // 2^-127 has exponent bits 0: the product is 0.
+  return exp2_fraction(x - (shifted - magic)) * bits_as<Vec>(exponent);
+#endif
 }
 
 }  // namespace toca::cpu::TOCA_ISA

@@ -1,7 +1,7 @@
 """Family self_mlp: x += gate_a * attn(M(x)); x += gate_m * mlp(M(x)).
 
-Members: DiT (Peebles & Xie 2023) in facebookresearch's code and in diffusers'.  A cached step reuses
-the attention whole and recomputes the MLP of the selected tokens (ToCa, ICLR 2025, section 3.1).
+Members: DiT (Peebles & Xie 2023) in facebookresearch's code and in diffusers'.  A cached step
+reuses the attention whole and recomputes the MLP of the selected tokens (ToCa, ICLR 2025, 3.1).
 """
 
 from __future__ import annotations
@@ -191,9 +191,7 @@ class SelfMLP:
             x, index, shift, scale, residual=reuse, weight=norm.weight, bias=norm.bias, eps=norm.eps
         )
         fresh = self.parts.mlp(rows).to(x.dtype).contiguous()
-        return scatter_residual(
-            x, [reuse, (gate_m, cache.mlp[self.layer], fresh, inverse)]
-        )
+        return scatter_residual(x, [reuse, (gate_m, cache.mlp[self.layer], fresh, inverse)])
 
     def _fused(self, step: Step, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """A full step through the ops of a cached one, with every token selected."""

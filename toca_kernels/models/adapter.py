@@ -32,7 +32,7 @@ class Adapter:
     name: ClassVar[str]
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model  # read by attribute names that `missing` has looked for
 
     @classmethod
     def missing(cls, model: nn.Module) -> str:

@@ -64,12 +64,12 @@ class DiffusersDiT(Adapter):
         return int(block.attn1.heads), fc2.in_features / fc2.out_features
 
 
-def _condition(block: nn.Module, timesteps: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+def _condition(block: Any, timesteps: Tensor, labels: Tensor, like: Tensor) -> Tensor:
     norm = block.norm1
     return norm.silu(norm.emb(timesteps, labels, hidden_dtype=like.dtype))
 
 
-def _parts(block: nn.Module) -> BlockParts:
+def _parts(block: Any) -> BlockParts:
     def condition(
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -80,7 +80,8 @@ def _parts(block: nn.Module) -> BlockParts:
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        assert timestep is not None and class_labels is not None
+        assert timestep is not None
+        assert class_labels is not None
         return _condition(block, timestep, class_labels, hidden_states)
 
     return BlockParts(
@@ -96,7 +97,7 @@ def _parts(block: nn.Module) -> BlockParts:
     )
 
 
-def _mlp_linears(block: nn.Module) -> tuple[nn.Linear, nn.Linear, str] | None:
+def _mlp_linears(block: Any) -> tuple[nn.Linear, nn.Linear, str] | None:
     """(fc1, fc2, activation) of a FeedForward if it is GELU(linear), dropout, linear."""
     net = block.ff.net
     gelu = net[0]

@@ -35,14 +35,16 @@ class FacebookDiT(Adapter):
         names = lacking(model, _MODEL)
         if names:
             return ", ".join(names)
-        blocks = model.blocks
+        blocks: Any = model.blocks
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             return "blocks as a ModuleList that is not empty"
         for layer, block in enumerate(blocks):
             names = lacking(block, _BLOCK)
             if names:
                 return ", ".join(f"blocks.{layer}.{name}" for name in names)
-            if not isinstance(block.norm1, nn.LayerNorm) or not isinstance(block.norm2, nn.LayerNorm):
+            if not isinstance(block.norm1, nn.LayerNorm) or not isinstance(
+                block.norm2, nn.LayerNorm
+            ):
                 return f"LayerNorm as norm1 and norm2 of blocks.{layer}"
             if not isinstance(block.adaLN_modulation, nn.Sequential):
                 return f"blocks.{layer}.adaLN_modulation as a Sequential"
@@ -71,7 +73,7 @@ class FacebookDiT(Adapter):
         return int(block.attn.num_heads), fc1.out_features / fc1.in_features
 
 
-def _parts(block: nn.Module) -> BlockParts:
+def _parts(block: Any) -> BlockParts:
     return BlockParts(
         block=block,
         hidden="x",
@@ -85,7 +87,7 @@ def _parts(block: nn.Module) -> BlockParts:
     )
 
 
-def mlp_linears(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear, str] | None:
+def mlp_linears(mlp: Any) -> tuple[nn.Linear, nn.Linear, str] | None:
     """(fc1, fc2, activation) of timm's Mlp if it is just that."""
     activation = activation_of(mlp.act)
     for name, module in mlp.named_children():

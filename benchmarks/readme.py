@@ -1,0 +1,83 @@
+"""Write the tables of README.md from benchmarks/results/*.json; --check only compares.
+
+    python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from timing import table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "block": {
+        "block": "",
+        "batch": "d",
+        "dtype": "",
+        "k/N": ".0%",
+        "FLOPs ratio": ".1f",
+        "speed-up": ".1f",
+        "naive speed-up": ".1f",
+        "compiled naive speed-up": ".1f",
+        "compiled full speed-up": ".2f",
+        "efficiency": ".0%",
+    },
+    "end_to_end": {
+        "model": "",
+        "run": "",
+        "batch": "d",
+        "dtype": "",
+        "FLOPs ratio": ".2f",
+        "exact speed-up": ".2f",
+        "fused speed-up": ".2f",
+        "naive speed-up": ".2f",
+        "compiled speed-up": ".2f",
+        "efficiency": ".0%",
+    },
+}
+
+
+def rendered(name: str) -> str:
+    """The table of one result file, with the command and the machine that made it."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    rows: list[dict[str, Any]] = result["rows"]
+    columns = {k: v for k, v in COLUMNS[result["benchmark"]].items() if k in rows[0]}
+    machine = result["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"commit {machine['commit']}"
+    )
+    return f"`{result['command']}` ({where})\n\n{table(rows, columns)}"
+
+
+def updated(text: str) -> str:
+    """The text with every table between its markers renewed."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{rendered(match[2])}\n{match[3]}"
+
+    return re.sub(
+        r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", replace, text, flags=re.DOTALL
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="fail if README is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old, new = readme.read_text(), updated(readme.read_text())
+    if args.check and old != new:
+        raise SystemExit("README.md: its tables differ from benchmarks/results")
+    readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

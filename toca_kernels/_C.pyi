@@ -1,0 +1,35 @@
+"""The extension, as native.py calls it; csrc/toca.h says what the numbers mean."""
+
+from collections.abc import Sequence
+
+def attention_scores(
+    ptr: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    scale: float,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def select_tokens(
+    ptr: Sequence[int], size: Sequence[int], age_weight: float, bonus: float, threads: int
+) -> None: ...
+def gather_modulate(
+    ptr: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    eps: float,
+    rms: bool,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def scatter_residual(
+    x: int,
+    out: int,
+    size: Sequence[int],
+    updates: Sequence[tuple[int, int, int, int, int, int, int]],
+    dtype: int,
+    threads: int,
+) -> None: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def choose_isa(name: str) -> None: ...
