@@ -26,9 +26,8 @@ void call(void (*body)(const Params&), const Params& params, const char* argumen
     py::gil_scoped_release release;
     body(params);
   } catch (const toca::cpu::OutOfRange& e) {
-    throw py::value_error(std::string(argument) + ": expected values in [" +
-                          std::to_string(e.low) + ", " + std::to_string(e.stop) + "), got " +
-                          std::to_string(e.value));
+    throw py::value_error(std::string(argument) + ": expected values in [" + std::to_string(e.low) +
+                          ", " + std::to_string(e.stop) + "), got " + std::to_string(e.value));
   }
 }
 

@@ -90,7 +90,7 @@ void gather_modulate(const GatherModulate& p);    // throws OutOfRange
 void scatter_residual(const ScatterResidual& p);  // throws OutOfRange
 
 const char* isa();                  // the instruction set in use, the best of isas() unless chosen
-int isas(const char** names);        // compiled in and supported by this CPU, best first; at most 8
+int isas(const char** names);       // compiled in and supported by this CPU, best first; at most 8
 bool choose_isa(const char* name);  // for tests and benchmarks; false: not among isas()
 
 }  // namespace cpu

@@ -48,7 +48,7 @@ struct Arithmetic<bf16> {
     for (int64_t d = 0; d < channels(D); ++d) tile[d * kKeys + lane] = pair(key, D, d);
   }
   static void pack_query(const bf16* query, int64_t D, Packed* row) {
-    row[channels(D) - 1] = 0;  // an odd D leaves half of the last pair open
+    if (D % 2) row[D / 2] = 0;  // half of the last pair is no channel
     std::memcpy(row, query, D * sizeof(bf16));
   }
   static Vec multiply_add(Vec sum, Packed query, const Packed* keys) {
@@ -72,8 +72,8 @@ void add_queries(const typename A::Packed* queries, const typename A::Packed* ke
     for (int i = 0; i < kQueries; ++i)
 #pragma GCC unroll 8
       for (int v = 0; v < kKeyVecs; ++v)
-        dot[i][v] = A::multiply_add(dot[i][v], queries[i * channels + d],
-                                    keys + d * kKeys + v * kVec);
+        dot[i][v] =
+            A::multiply_add(dot[i][v], queries[i * channels + d], keys + d * kKeys + v * kVec);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kQueries; ++i) {

@@ -5,15 +5,19 @@
 
 namespace toca::cpu {
 
-#define TOCA_DECLARE(name)                          \
-  namespace name {                                  \
-  void attention_scores(const AttentionScores& p);  \
-  void select_tokens(const SelectTokens& p);        \
-  void gather_modulate(const GatherModulate& p);    \
-  void scatter_residual(const ScatterResidual& p);  \
+#define TOCA_DECLARE(name)                         \
+  namespace name {                                 \
+  void attention_scores(const AttentionScores& p); \
+  void select_tokens(const SelectTokens& p);       \
+  void gather_modulate(const GatherModulate& p);   \
+  void scatter_residual(const ScatterResidual& p); \
   }
-#define TOCA_BODIES(name, supported)                                                          \
-  {#name, supported, name::attention_scores, name::select_tokens, name::gather_modulate, \
+#define TOCA_BODIES(name, supported) \
+  {#name,                            \
+   supported,                        \
+   name::attention_scores,           \
+   name::select_tokens,              \
+   name::gather_modulate,            \
    name::scatter_residual}
 
 TOCA_DECLARE(baseline)

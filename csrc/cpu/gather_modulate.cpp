@@ -2,7 +2,8 @@
 //
 // Fused: gather, x + gate * cache, mean and variance, affine, modulation; one read of the k rows,
 // one write.  A row stays in a float32 buffer in L1 between its passes.  Limited by memory for few
-// rows and by the conversions for 16-bit dtypes; rows are independent, so they are the threads' work.
+// rows and by the conversions for 16-bit dtypes; rows are independent, so they are the threads'
+// work.
 #include "../toca.h"
 #include "parallel.h"
 #include "vec.h"

@@ -19,9 +19,8 @@ struct Source {
 
 template <class T>
 Source<T> source_of(const ResidualUpdate& u, int64_t b, int64_t n, int64_t N, int64_t C) {
-  const T* gate = u.gate.data
-                      ? (const T*)u.gate.data + b * u.gate.stride_b + n * u.gate.stride_n
-                      : nullptr;
+  const T* gate =
+      u.gate.data ? (const T*)u.gate.data + b * u.gate.stride_b + n * u.gate.stride_n : nullptr;
   T* cache = (T*)u.cache + (b * N + n) * C;
   const int32_t slot = u.fresh && u.k > 0 ? u.inverse[b * N + n] : -1;
   if (slot < 0) return {gate, cache, nullptr};

@@ -175,8 +175,7 @@ template <class Body>
 inline void for_row(int64_t C, Body body) {
   int64_t c = 0;
   for (; c + kVec <= C; c += kVec)
-    body(
-        c, [c](auto* p) { return load(p + c); }, [c](auto* p, Vec v) { store(p + c, v); });
+    body(c, [c](auto* p) { return load(p + c); }, [c](auto* p, Vec v) { store(p + c, v); });
   if (c < C) {
     const int n = int(C - c);
     body(
@@ -195,7 +194,8 @@ inline Vec exp2_fraction(Vec f) {  // 2^f for f in [-0.5, 0.5]
   return p * f + 1.f;
 }
 
-// 2^x to 2 units in the last place for -126 <= x <= 126; 0 from -127 down; NaN stays NaN.
+// 2^x to 2 units in the last place for -126 <= x < 127.5; 0 from -127 down, infinity from 128 up;
+// NaN stays NaN.
 inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   // The second operand of max and min passes where one is NaN.
@@ -206,12 +206,12 @@ inline Vec exp2(Vec x) {
   const __mmask16 keep = _mm512_cmp_ps_mask(y, low, _CMP_NLE_UQ);
   return (Vec)_mm512_maskz_mov_ps(keep, (__m512)p);
 #else
-  const Vec low = splat(-127.f), high = splat(126.f), magic = splat(12582912.f);  // 1.5 * 2^23
+  const Vec low = splat(-127.f), high = splat(128.f), magic = splat(12582912.f);  // 1.5 * 2^23
   x = x < low ? low : x;  // a comparison with NaN is false: NaN passes through
   x = x > high ? high : x;
   const Vec shifted = x + magic;  // the integer part, rounded, in the low bits
   const VecU exponent = (bits_as<VecU>(shifted) - bits_as<VecU>(magic) + 127u) << 23;
-  // 2^-127 has exponent bits 0: the product is 0.
+  // Exponent bits 0 (2^-127) make the product 0, exponent bits 255 (2^128) infinity.
   return exp2_fraction(x - (shifted - magic)) * bits_as<Vec>(exponent);
 #endif
 }
