@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks.self_mlp import CACHED_CHUNKS, SelfMLP
+from .blocks.self_mlp import CACHED_CHUNKS, SELECTORS, SelfMLP
 from .cache import TokenCache
 from .config import ToCaConfig
 from .models.adapter import Adapter, ModelCall
-from .plan import Plan
+from .plan import BoolTable, Plan
 
 
 @dataclass
@@ -30,7 +30,12 @@ class Done:
         k: for each step, tokens computed in the MLP of each layer; N where the step was full.
         full: for each step, which layers ran in full.
         seconds: of each step, the model's forward.
-        samples, tokens: B and N, 0 before the first step.
+        samples, tokens, channels: B, N and C, 0 before the first step.
+        nan: scores that were NaN.
+        cache_bytes, other_bytes, table_bytes: memory of the features, of scores, ages and
+            selections, and of the modulation table; the most that was held.
+        selections: where the run records them, the tokens that each step recomputed: None for a
+            full step, else (layers, B, N) bool.
     """
 
     k: list[list[int]] = field(default_factory=list)
@@ -40,6 +45,10 @@ class Done:
     tokens: int = 0
     channels: int = 0
     nan: int = 0
+    cache_bytes: int = 0
+    other_bytes: int = 0
+    table_bytes: int = 0
+    selections: list[Tensor | None] = field(default_factory=list)
 
 
 class Branch:
@@ -56,7 +65,7 @@ class Branch:
         self._call: ModelCall
         self._forced = False
         self._plan: Plan
-        self.peak_table_nbytes = 0
+        self._needs_score: BoolTable
         self._tables: list[Tensor] | None = None
         self._rows: dict[int, int] = {}
         self._generator: torch.Generator | None = None
@@ -67,7 +76,10 @@ class Branch:
         """First block of a step: make the cache, force a full step where it does not fit."""
         run, config = self.run, self.run.config
         if self.cache is None or not self.cache.fits(x):
+            if self.done.seconds:  # another image size: the counts of the two do not add up
+                self.done = Done()
             self._plan = run.plan(x.shape[1])
+            self._needs_score = self._plan.needs_score("mlp")
             self.cache = TokenCache(
                 len(run.blocks),
                 x.shape,
@@ -83,8 +95,9 @@ class Branch:
             full = np.ones_like(full)
         k = np.where(full, x.shape[1], self._plan.k["mlp"][self.position]).tolist()
         cached = (~full).tolist()
-        if any(cached):
+        if any(cached) or self.fused:
             self._tabulate(x)
+        if any(cached):
             self._select(cached, k)
         self.done.k.append(k)
         self.done.full.append(full.tolist())
@@ -96,15 +109,16 @@ class Branch:
         """The selector whose scores this full step must leave behind, if any reads them."""
         if self.run.config.selector == "random":
             return None
-        needed = self._forced or self._plan.needs_score("mlp")[self.position, layer]
+        needed = self._forced or self._needs_score[self.position, layer]
         return self.run.config.selector if needed else None
 
     def modulation(self, layer: int) -> Tensor | None:
         """This step's rows of the layer's table; None where there is no table for this step."""
         if self._tables is None or self.position not in self._rows:
             return None
-        first = self._rows[self.position] * self.done.samples
-        return self._tables[layer][first : first + self.done.samples]
+        labels = self._call.labels.numel()
+        first = self._rows[self.position] * labels
+        return self._tables[layer][first : first + labels]
 
     # --- inside a step ------------------------------------------------------------------------
 
@@ -139,18 +153,17 @@ class Branch:
         ]
         if not steps or timesteps[self.position] != self.last:
             return  # these are not the timesteps that were announced: computed step by step
-        B = self.done.samples
+        labels = self._call.labels.flatten()  # one for each sample, or one for all of them
         t = torch.tensor([timesteps[step] for step in steps], device=self._call.timestep.device)
-        t = t.to(self._call.timestep.dtype).repeat_interleave(B)
-        labels = self._call.labels.repeat(len(steps))
-        conditions = self.run.adapter.conditions(t, labels, x)
+        t = t.to(self._call.timestep.dtype).repeat_interleave(len(labels))
+        conditions = self.run.adapter.conditions(t, labels.repeat(len(steps)), x)
         chunks = slice(None) if self.fused else CACHED_CHUNKS
         self._tables = [
             block.modulate(condition, chunks)
             for block, condition in zip(self.run.blocks, conditions, strict=True)
         ]
         self._rows = {step: row for row, step in enumerate(steps)}
-        self.peak_table_nbytes = sum(table.nbytes for table in self._tables)
+        self.done.table_bytes = sum(table.nbytes for table in self._tables)
 
     def enter(self, call: ModelCall, timestep: float | None) -> None:
         self._call = call
@@ -162,11 +175,27 @@ class Branch:
             self._rows = {}  # off the announced track: the table does not hold this step
 
     def leave(self, seconds: float) -> None:
+        done, cache = self.done, self.cache
         self.position += 1
-        self.done.seconds.append(seconds)
-        if self.position == self.run.num_steps:
-            self.cache.invalidate()
-            self._tables, self._rows = None, {}
+        done.seconds.append(seconds)
+        done.cache_bytes = max(done.cache_bytes, cache.nbytes)
+        done.other_bytes = max(done.other_bytes, cache.other_nbytes)
+        if self.run.record_selections:
+            done.selections.append(None if all(done.full[-1]) else cache.recomputed())
+        if self.position == self.run.num_steps:  # nothing will be read any more
+            self.release()
+
+    def release(self) -> None:
+        """Give the memory back; what was done stays to be read."""
+        self.cache = None  # type: ignore[assignment]
+        self._tables, self._rows = None, {}
+
+    def ran(self, timestep: float | None) -> bool:
+        """Whether the last step was this one: then a call with other labels is its second half.
+
+        Where timesteps are not read, only the first step is expected to bring a second branch.
+        """
+        return self.position == 1 if timestep is None else self.last == timestep
 
     def abort(self) -> None:
         """The step did not finish: nothing it left behind may be read."""
@@ -197,9 +226,16 @@ class Run:
         self.config = config
         self.num_steps = num_steps
         self.timesteps = list(timesteps) if timesteps is not None else []
+        self.record_selections = False
         self.active: Branch | None = None
         self.branches: dict[object, Branch] = {}
         self._plans: dict[tuple[int, int], Plan] = {}
+        if config.selector not in SELECTORS:
+            raise ValueError(
+                f"selector: expected one of {', '.join(SELECTORS)} for blocks without "
+                f"cross-attention, got {config.selector!r}"
+            )
+        self._make_plan(num_steps=1000, tokens=4096)  # refuses settings that do not fit the model
 
     def begin(self, num_steps: int, timesteps: Sequence[float]) -> None:
         """A run is about to start: forget the last one."""
@@ -207,28 +243,35 @@ class Run:
         self.timesteps = list(timesteps)
         self.branches = {}
 
+    def release(self) -> None:
+        for branch in self.branches.values():
+            branch.release()
+
     def plan(self, tokens: int) -> Plan:
         assert self.num_steps is not None
         key = (self.num_steps, tokens)
         if key not in self._plans:
-            plan = self.config.plan(
-                num_steps=self.num_steps,
-                num_layers=len(self.blocks),
-                num_tokens=tokens,
-                modules=("attn", "mlp"),
-            )
-            if (plan.full["attn"] != plan.full["mlp"]).any():
-                raise ValueError(
-                    "module_interval: expected one interval for the attention and the MLP of this "
-                    f"model, got {dict(self.config.module_interval)}"
-                )
-            if plan.k["attn"][~plan.full["attn"]].any():
-                raise ValueError(
-                    "module_ratio: expected no ratio for 'attn', whose output is reused whole in "
-                    f"this model, got {dict(self.config.module_ratio)}"
-                )
-            self._plans[key] = plan
+            self._plans[key] = self._make_plan(self.num_steps, tokens)
         return self._plans[key]
+
+    def _make_plan(self, num_steps: int, tokens: int) -> Plan:
+        plan = self.config.plan(
+            num_steps=num_steps,
+            num_layers=len(self.blocks),
+            num_tokens=tokens,
+            modules=("attn", "mlp"),
+        )
+        if (plan.full["attn"] != plan.full["mlp"]).any():
+            raise ValueError(
+                "module_interval: expected one interval for the attention and the MLP of this "
+                f"model, got {dict(self.config.module_interval)}"
+            )
+        if plan.k["attn"][~plan.full["attn"]].any():
+            raise ValueError(
+                "module_ratio: expected no ratio for 'attn', whose output is reused whole in "
+                f"this model, got {dict(self.config.module_ratio)}"
+            )
+        return plan
 
     def call(self, call: ModelCall, forward: Callable[[], object]) -> object:
         """Run the model's own forward as the next step of the branch that `call` belongs to."""
@@ -243,6 +286,9 @@ class Run:
         finally:
             self.active = None
         branch.leave(time.perf_counter() - started)
+        # A branch that fell behind belongs to a run that was broken off in its first step, or to
+        # guidance that ended early.
+        self.branches = {k: b for k, b in self.branches.items() if branch.position - b.position < 2}
         return out
 
     def _branch(self, call: ModelCall) -> Branch:
@@ -266,17 +312,17 @@ class Run:
 
     def _open(self, key: object, timestep: float | None) -> Branch:
         """A new branch: of a new run, of the step at hand, or in the place of one that changed."""
-        peers = {k: b for k, b in self.branches.items() if k != key and b.last == timestep}
+        others = {k: b for k, b in self.branches.items() if k != key}
+        peers = {k: b for k, b in others.items() if b.ran(timestep)}
         position, first = 0, None
         if key not in self.branches:
-            # The labels or the batch changed in the middle of a run: it goes on where it was, with
-            # a full step, because this branch has nothing cached.
-            for other in self.branches.values():
-                if not self._restarts(other, timestep) or other.last == timestep:
-                    position = other.position - (other.last == timestep)
-                    first = other.first
+            # Without peers, the labels or the batch changed in the middle of a run: it goes on
+            # where it was, with a full step, because this branch has nothing cached.
+            for other in peers.values() or others.values():
+                if peers or not self._restarts(other, timestep):
+                    position, first = other.position - bool(peers), other.first
                     break
-        if not peers and position == 0:
+        if position == 0:
             for block in self.blocks:
                 block.prepare()
         branch = Branch(self, position, first)
@@ -287,6 +333,9 @@ class Run:
         """Whether this call starts a new run of the branch rather than its next step."""
         if timestep is None or branch.first is None or branch.last is None:
             return branch.position >= (self.num_steps or 0)
+        coming = self.timesteps[branch.position :][:1]
+        if branch.position > 0 and coming == [timestep]:  # announced, so it need not be monotone
+            return False
         if timestep == branch.first:
             return True
         direction = branch.last - branch.first

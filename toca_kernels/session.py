@@ -97,8 +97,6 @@ class Session:
     ) -> None:
         self.model = model
         self.config = config
-        self.record_selections = False
-        self.selections: list[Tensor | None] = []
         self._adapter = models.find(model)
         self._blocks = [
             SelfMLP(parts, layer, self._step, prepack=config.prepack)
@@ -114,21 +112,28 @@ class Session:
     # --- the model's forward ----------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model.__dict__.get(_ATTRIBUTE) is not self:
+            return self._own_forward(*args, **kwargs)  # disabled; whoever patched over it calls it
         if self.model.training:
             raise RuntimeError("model: expected evaluation mode, got training mode; call .eval()")
         call = self._adapter.call(*args, **kwargs)
         with torch.no_grad():  # cached features carry no gradient: none is promised
             out = self._run.call(call, lambda: self._own_forward(*args, **kwargs))
-        if self.record_selections:
-            self._record()
         return out
 
-    def _record(self) -> None:
-        branch = next(reversed(self._run.branches.values()))
-        if len(branch.done.full) == 1:
-            self.selections = []
-        full = all(branch.done.full[-1])
-        self.selections.append(None if full else branch.cache.recomputed())
+    @property
+    def record_selections(self) -> bool:
+        return self._run.record_selections
+
+    @record_selections.setter
+    def record_selections(self, value: bool) -> None:
+        self._run.record_selections = value
+
+    @property
+    def selections(self) -> list[Tensor | None]:
+        """The tokens that each step of the last run recomputed, of the branch that opened last."""
+        branches = list(self._run.branches.values())
+        return branches[-1].done.selections if branches else []
 
     def reset(self) -> None:
         """Forget the run under way: the next call of the model is the first step of a new one."""
@@ -159,11 +164,16 @@ class Session:
         return set_timesteps
 
     def _patch(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Set an attribute of the instance; `_uninstall` puts back what was there."""
+        """Set an attribute of the instance; `_uninstall` puts back what was there.
+
+        What somebody else has set since then is theirs and stays.
+        """
         attributes = target.__dict__
         before = attributes.get(name)
 
         def undo() -> None:
+            if attributes.get(name) is not replacement:
+                return
             if before is None:
                 attributes.pop(name, None)
             else:
@@ -176,7 +186,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         self.model.__dict__.pop(_ATTRIBUTE, None)
-        self._run.branches = {}
+        self._run.release()
 
     # --- report -----------------------------------------------------------------------------
 
@@ -186,11 +196,10 @@ class Session:
         Raises:
             RuntimeError: no step has been run yet.
         """
-        branches = [branch for branch in self._run.branches.values() if branch.done.seconds]
-        if not branches:
+        done = [b.done for b in self._run.branches.values() if b.done.seconds]
+        if not done:
             raise RuntimeError("summary: no step has been run yet")
-        counts = [self._flops(branch.done) for branch in branches]
-        done = [branch.done for branch in branches]
+        counts = [self._flops(d) for d in done]
         seconds = sum(sum(d.seconds) for d in done)
         steps = max(len(d.seconds) for d in done)
         full_steps = max(sum(map(all, d.full)) for d in done)
@@ -206,10 +215,10 @@ class Session:
             flops_ratio=flops_full / flops_done,
             seconds=seconds,
             speedup_estimate=_speedup(done, seconds),
-            cache_bytes=sum(b.cache.nbytes for b in branches),
-            modulation_bytes=sum(b.peak_table_nbytes for b in branches),
+            cache_bytes=sum(d.cache_bytes for d in done),
+            modulation_bytes=sum(d.table_bytes for d in done),
             packed_bytes=sum(block.packed_nbytes for block in self._blocks),
-            other_bytes=sum(b.cache.other_nbytes for b in branches),
+            other_bytes=sum(d.other_bytes for d in done),
             nan_scores=sum(d.nan for d in done),
         )
 

@@ -28,11 +28,13 @@ class CapturedScores(TorchFunctionMode):
     Args:
         selector: "attention" (attention received, ToCa section 3.2) or "norm" (values that are
             small rank high: the value norm of DuCa, arXiv 2412.18911).
+        batch: B.
     """
 
-    def __init__(self, selector: str) -> None:
+    def __init__(self, selector: str, batch: int) -> None:
         super().__init__()
         self.selector = selector
+        self.batch = batch
         self.score: Tensor | None = None
 
     def __torch_function__(
@@ -46,9 +48,10 @@ class CapturedScores(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         out = func(*args, **kwargs)
-        if func in _SOFTMAX and self.selector == "attention" and out.ndim == 4:
-            # An explicit map (B, H, N, N): its column sums are the scores.
-            self.score = out.sum(dim=2, dtype=torch.float32).mean(dim=1)
+        if func in _SOFTMAX and self.selector == "attention" and out.ndim in (3, 4):
+            # An explicit map, (B, H, N, N) or (B * H, N, N): its column sums are the scores.
+            weights = out if out.ndim == 4 else out.unflatten(0, (self.batch, -1))
+            self.score = weights.sum(dim=2, dtype=torch.float32).mean(dim=1)
         return out
 
     def _attention(
@@ -74,8 +77,13 @@ class CapturedScores(TorchFunctionMode):
                 "grouped-query call; use selector='norm' or 'random'"
             )
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out, lse = attention_with_lse(q, k, v, dropout_p, scale)
-        self.score = attention_scores(q, k, lse, scale=scale)
+        device = q.device.type
+        if torch.is_autocast_enabled(device):  # casts inside the call, which is taken apart here
+            dtype = torch.get_autocast_dtype(device)
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        with torch.autocast(device, enabled=False):
+            out, lse = attention_with_lse(q, k, v, dropout_p, scale)
+            self.score = attention_scores(q, k, lse, scale=scale)
         return out
 
 

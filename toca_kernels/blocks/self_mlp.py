@@ -21,19 +21,28 @@ from .capture import CapturedScores
 
 SHIFT_A, SCALE_A, GATE_A, SHIFT_M, SCALE_M, GATE_M = range(6)
 CACHED_CHUNKS = slice(GATE_A, GATE_M + 1)  # what a cached step reads of the six
+SELECTORS = ("attention", "norm", "random")  # entropy is one of cross-attention
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm of the block: eps, and its own affine parameters where it has any."""
+    """A norm of the block.
 
-    eps: float
+    Attributes:
+        eps, weight, bias: of a LayerNorm; its affine parameters where it has any.
+        module: called instead where it is anything else, or has hooks.
+    """
+
+    eps: float = 0.0
     weight: Tensor | None = None
     bias: Tensor | None = None
+    module: nn.Module | None = None
 
     @classmethod
-    def of(cls, module: nn.LayerNorm) -> Norm:
-        return cls(module.eps, module.weight, module.bias)
+    def of(cls, module: nn.Module) -> Norm:
+        if type(module) is nn.LayerNorm and linear.unhooked(module):
+            return cls(module.eps, module.weight, module.bias)
+        return cls(module=module)
 
 
 @dataclass(frozen=True)
@@ -86,23 +95,16 @@ class SelfMLP:
         self.layer = layer
         self.prepack = prepack
         self._step = step
-        self._recording: TokenCache | None = None
-        self._selector: str | None = None
+        self._scoring: Step | None = None
         self._linears: tuple[nn.Linear, nn.Linear, str] | None = None
         self._packed = linear.PackedMLP()
         self._norms = (parts.norm1(), parts.norm2())
         self._own_forward = parts.block.forward
         self._own_attn = parts.attn.forward
-        self._own_mlp = parts.mlp.forward
-        self._mlp_is_stock = linear.unhooked(parts.mlp)
 
     def replacements(self) -> tuple[tuple[nn.Module, Callable[..., Any]], ...]:
         """(module, the forward that takes its place while the model is enabled)."""
-        return (
-            (self.parts.block, self.forward),
-            (self.parts.attn, self._attn_forward),
-            (self.parts.mlp, self._mlp_forward),
-        )
+        return ((self.parts.block, self.forward), (self.parts.attn, self._attn_forward))
 
     @property
     def packed_nbytes(self) -> int:
@@ -111,8 +113,7 @@ class SelfMLP:
     def prepare(self) -> None:
         """Before a run: look again at modules that may have been replaced or changed."""
         self._norms = (self.parts.norm1(), self.parts.norm2())
-        stock = self._mlp_is_stock and not linear.hooked(self.parts.mlp)
-        self._linears = self.parts.mlp_linears() if stock else None
+        self._linears = self.parts.mlp_linears() if linear.unhooked(self.parts.mlp) else None
         pack = self._linears[:2] if self.prepack and self._linears else (None, None)
         self._packed.refresh(*pack)
 
@@ -127,44 +128,72 @@ class SelfMLP:
             step.begin(x)
         if not step.full(self.layer):
             return self._cached(step, x, args, kwargs)
-        self._recording, self._selector = step.cache, step.selector(self.layer)
+        self._scoring = step
         try:
             if step.fused:
                 out = self._fused(step, x, args, kwargs)
             else:
-                out = self._own_forward(*args, **kwargs)
+                out = self._exact(step, args, kwargs)
         finally:
-            self._recording, self._selector = None, None
+            self._scoring = None
         step.cache.refreshed(self.layer)
         return out
 
     def _attn_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._recording is None:
+        step = self._scoring
+        selector = step.selector(self.layer) if step is not None else None
+        if step is None or selector is None:
             return self._own_attn(*args, **kwargs)
-        if self._selector is None:
+        with CapturedScores(selector, batch=step.cache.shape[0]) as captured:
             out = self._own_attn(*args, **kwargs)
-        else:
-            with CapturedScores(self._selector) as captured:
-                out = self._own_attn(*args, **kwargs)
-            if captured.score is None:
-                raise RuntimeError(
-                    f"selector {self._selector!r}: {type(self.parts.attn).__name__} of layer "
-                    f"{self.layer} calls neither scaled_dot_product_attention nor softmax; "
-                    "use selector='random'"
-                )
-            self._recording.record_score(self.layer, captured.score)
-        self._recording.attn[self.layer].copy_(out)
+        if captured.score is None:
+            raise RuntimeError(
+                f"selector {selector!r}: {type(self.parts.attn).__name__} of layer "
+                f"{self.layer} calls neither scaled_dot_product_attention nor softmax; "
+                "use selector='random'"
+            )
+        step.cache.record_score(self.layer, captured.score)
         return out
 
-    def _mlp_forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self._own_mlp(*args, **kwargs)
-        if self._recording is not None:
-            self._recording.mlp[self.layer].copy_(out)
-        return out
+    # --- full steps -------------------------------------------------------------------------
 
-    # --- the two kinds of step --------------------------------------------------------------
+    def _exact(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """The block's own forward, bit for bit; what its two modules return goes to the cache.
+
+        Taken by hooks, which come last and so see what the block sees: other hooks may change it.
+        """
+        kept: list[str] = []
+
+        def keep(name: str, module: nn.Module, buffer: Tensor) -> Any:
+            def hook(module: nn.Module, inputs: Any, out: Tensor) -> None:
+                if out.shape != buffer.shape:
+                    raise RuntimeError(
+                        f"{name} of layer {self.layer}: expected to be called with all tokens, "
+                        f"{tuple(buffer.shape)} in and out, got {tuple(out.shape)}"
+                    )
+                buffer.copy_(out)
+                kept.append(name)
+
+            return module.register_forward_hook(hook)
+
+        handles = [
+            keep("attention", self.parts.attn, step.cache.attn[self.layer]),
+            keep("MLP", self.parts.mlp, step.cache.mlp[self.layer]),
+        ]
+        try:
+            out = self._own_forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if kept != ["attention", "MLP"]:
+            raise RuntimeError(
+                f"layer {self.layer}: expected its attention and its MLP to be called once each, "
+                f"got {kept}; if modules were replaced, disable the model and enable it again"
+            )
+        return out
 
     def _cached(self, step: Step, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The attention from the cache, the MLP of the selected tokens."""
         cache, norm = step.cache, self._norms[1]
         gate_a, shift, scale, gate_m = self._modulation(step, x, args, kwargs, CACHED_CHUNKS)
         index, inverse = cache.selection(self.layer)
@@ -172,7 +201,7 @@ class SelfMLP:
         x = x.contiguous()
         if index.shape[1] == 0:
             return scatter_residual(x, [reuse, (gate_m, cache.mlp[self.layer])])
-        if self._native_mlp(x):
+        if norm.module is None and self._native_mlp(x):
             fc1, fc2, activation = self._mlp_weights()
             return partial_mlp(
                 x,
@@ -187,10 +216,7 @@ class SelfMLP:
                 bias=norm.bias,
                 eps=norm.eps,
             )
-        rows = gather_modulate(
-            x, index, shift, scale, residual=reuse, weight=norm.weight, bias=norm.bias, eps=norm.eps
-        )
-        fresh = self.parts.mlp(rows).to(x.dtype).contiguous()
+        fresh = self._mlp(_rows(norm, x, index, shift, scale, reuse))
         return scatter_residual(x, [reuse, (gate_m, cache.mlp[self.layer], fresh, inverse)])
 
     def _fused(self, step: Step, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -201,27 +227,19 @@ class SelfMLP:
         )
         norm1, norm2 = self._norms
         x = x.contiguous()
-        rows = gather_modulate(
-            x, None, shift_a, scale_a, weight=norm1.weight, bias=norm1.bias, eps=norm1.eps
-        )
-        self.parts.attn(rows)  # leaves its output in the cache, see _attn_forward
+        cache.attn[layer].copy_(self.parts.attn(_rows(norm1, x, None, shift_a, scale_a, None)))
         reuse = (gate_a, cache.attn[layer])
-        rows = gather_modulate(
-            x,
-            None,
-            shift_m,
-            scale_m,
-            residual=reuse,
-            weight=norm2.weight,
-            bias=norm2.bias,
-            eps=norm2.eps,
-        )
-        if self._native_mlp(x):
-            fc1, fc2, activation = self._mlp_weights()
-            fresh = mlp_rows(rows, fc1, fc2, activation=activation)
-        else:
-            fresh = self.parts.mlp(rows).to(x.dtype).contiguous()
+        fresh = self._mlp(_rows(norm2, x, None, shift_m, scale_m, reuse))
         return scatter_residual(x, [reuse, (gate_m, cache.mlp[layer], fresh, cache.every)])
+
+    # --- the MLP ----------------------------------------------------------------------------
+
+    def _mlp(self, rows: Tensor) -> Tensor:
+        if self._native_mlp(rows):
+            fc1, fc2, activation = self._mlp_weights()
+            return mlp_rows(rows, fc1, fc2, activation=activation)
+        out: Tensor = self.parts.mlp(rows)
+        return out.to(rows.dtype).contiguous()
 
     def _native_mlp(self, x: Tensor) -> bool:
         """Whether the MLP's weights may be read: plain linears, and no autocast to obey."""
@@ -248,7 +266,8 @@ class SelfMLP:
         elif table.shape[1] == 6 * x.shape[2]:
             first = (chunks.start or 0) * x.shape[2]
             table = table[:, first:]
-        return tuple(table.to(x.dtype).split(x.shape[2], dim=1))
+        table = table.to(x.dtype).expand(x.shape[0], -1)  # one label may serve the whole batch
+        return tuple(table.split(x.shape[2], dim=1))
 
     def modulate(self, condition: Tensor, chunks: slice) -> Tensor:
         """The chosen ones of the six (B, C) chunks, side by side."""
@@ -264,3 +283,33 @@ class SelfMLP:
             )
         out: Tensor = module(condition)
         return out[:, first * (out.shape[1] // 6) :]
+
+
+def _rows(
+    norm: Norm,
+    x: Tensor,
+    index: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """gather_modulate; through the norm's own module where that is not a plain LayerNorm."""
+    if norm.module is None:
+        return gather_modulate(
+            x,
+            index,
+            shift,
+            scale,
+            residual=residual,
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+        )
+    rows = x
+    if residual is not None:
+        gate, cache = residual
+        rows = rows + gate[:, None] * cache
+    if index is not None:
+        rows = rows.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    rows = norm.module(rows) * (1 + scale[:, None]) + shift[:, None]
+    return rows.to(x.dtype).contiguous()

@@ -59,6 +59,12 @@ class Adapter:
         raise NotImplementedError
 
 
+def width(module: nn.Module, default: int) -> int:
+    """Output channels of a linear, also where it is wrapped (LoRA) or replaced."""
+    widths = [getattr(m, "out_features", None) for m in module.modules()]
+    return max((w for w in widths if isinstance(w, int)), default=default)
+
+
 def lacking(module: object, paths: Sequence[str]) -> list[str]:
     """Those of the dotted attribute paths that the module does not have."""
     return [path for path in paths if find_attribute(module, path) is None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks.linear import hooked, plain
 from ..blocks.self_mlp import BlockParts, Norm
-from .adapter import Adapter, ModelCall, find_attribute, lacking
+from .adapter import Adapter, ModelCall, find_attribute, lacking, width
 
 _BLOCK = (
     "norm1.emb.timestep_embedder",
@@ -60,8 +60,8 @@ class DiffusersDiT(Adapter):
 
     def shape(self) -> tuple[int, float]:
         block = self.model.transformer_blocks[0]
-        fc2 = block.ff.net[2]
-        return int(block.attn1.heads), fc2.in_features / fc2.out_features
+        C = int(block.attn1.query_dim)
+        return int(block.attn1.heads), width(block.ff.net[0], default=4 * C) / C
 
 
 def _condition(block: Any, timesteps: Tensor, labels: Tensor, like: Tensor) -> Tensor:

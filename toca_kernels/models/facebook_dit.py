@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks.linear import activation_of, plain
+from ..blocks.linear import activation_of, plain, unhooked
 from ..blocks.self_mlp import BlockParts, Norm
-from .adapter import Adapter, ModelCall, find_attribute, lacking
+from .adapter import Adapter, ModelCall, find_attribute, lacking, width
 
 _MODEL = ("blocks", "t_embedder", "y_embedder", "x_embedder")
 _BLOCK = (
@@ -65,12 +65,23 @@ class FacebookDiT(Adapter):
         model = self.model
         c = model.t_embedder(timesteps) + model.y_embedder(labels, False)
         for block in model.blocks:
-            yield block.adaLN_modulation[:-1](c)
+            yield _condition(block, c)
 
     def shape(self) -> tuple[int, float]:
         block = self.model.blocks[0]
-        fc1 = block.mlp.fc1
-        return int(block.attn.num_heads), fc1.out_features / fc1.in_features
+        C = int(block.norm1.normalized_shape[0])
+        return int(block.attn.num_heads), width(block.mlp.fc1, default=4 * C) / C
+
+
+def _condition(block: Any, c: Tensor) -> Tensor:
+    """The input of `_modulation`: of the last linear, or of the Sequential if that has hooks."""
+    adaln = block.adaLN_modulation
+    return adaln[:-1](c) if unhooked(adaln) else c
+
+
+def _modulation(block: Any) -> nn.Module:
+    adaln = block.adaLN_modulation
+    return adaln[-1] if unhooked(adaln) else adaln
 
 
 def _parts(block: Any) -> BlockParts:
@@ -82,8 +93,8 @@ def _parts(block: Any) -> BlockParts:
         norm1=lambda: Norm.of(block.norm1),
         norm2=lambda: Norm.of(block.norm2),
         mlp_linears=lambda: mlp_linears(block.mlp),
-        modulation=lambda: block.adaLN_modulation[-1],
-        condition=lambda x=None, c=None: block.adaLN_modulation[:-1](c),
+        modulation=lambda: _modulation(block),
+        condition=lambda x=None, c=None: _condition(block, c),
     )
 
 
