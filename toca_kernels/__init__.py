@@ -4,9 +4,11 @@ from ._backends import BackendStatus, backends
 from .config import ToCaConfig
 from .ops import (
     Selection,
+    attention_entropy,
     attention_scores,
     gather_modulate,
     mlp_rows,
+    partial_attention,
     partial_mlp,
     scatter_residual,
     select_tokens,
@@ -24,6 +26,7 @@ __all__ = [
     "Summary",
     "ToCaConfig",
     "__version__",
+    "attention_entropy",
     "attention_scores",
     "backends",
     "disable",
@@ -31,6 +34,7 @@ __all__ = [
     "enabled",
     "gather_modulate",
     "mlp_rows",
+    "partial_attention",
     "partial_mlp",
     "scatter_residual",
     "select_tokens",

@@ -17,6 +17,14 @@ def shape_text(shape: Sequence[object]) -> str:
     return "(" + ", ".join(str(size) for size in shape) + ")"
 
 
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fits(want: int | str, have: int) -> bool:
+    return want == have or isinstance(want, str)
+
+
 def tensor(
     name: str,
     value: object,
@@ -33,19 +41,14 @@ def tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.ndim != len(shape) or any(
-        isinstance(want, int) and want != have
-        for want, have in zip(shape, value.shape, strict=True)
-    ):
-        raise ValueError(
-            f"{name}: expected shape {shape_text(shape)}, got {shape_text(value.shape)}"
-        )
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
-    if dtypes is not None and value.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(
-            f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}"
-        )
+    have = value.shape
+    if len(have) != len(shape) or not all(map(_fits, shape, have)):
+        raise ValueError(f"{name}: expected shape {shape_text(shape)}, got {shape_text(have)}")
+    if dtype is not None and value.dtype != dtype:
+        dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        if value.dtype not in dtypes:
+            wanted = " or ".join(_dtype_text(d) for d in dtypes)
+            raise ValueError(f"{name}: expected dtype {wanted}, got {_dtype_text(value.dtype)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     if layout == "contiguous" and not value.is_contiguous():

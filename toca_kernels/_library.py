@@ -6,6 +6,7 @@ carries the backend's name, so a compiled graph keeps the choice that was made w
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,19 @@ from torch import Tensor
 
 from . import native, reference
 
-_BODIES: dict[str, Any] = {"reference": reference, "native": native}
+
+class _Bodies(dict[str, Any]):
+    """Name of a backend -> the module with its bodies; what is not here is imported on first use.
+
+    That is the package of the Triton kernels: importing it imports Triton.
+    """
+
+    def __missing__(self, backend: str) -> Any:
+        self[backend] = importlib.import_module(f".{backend}", __package__)
+        return self[backend]
+
+
+_BODIES = _Bodies(reference=reference, native=native)
 
 _library = torch.library.Library("toca", "DEF")
 
@@ -39,6 +52,43 @@ attention_scores = _define(
     "attention_scores(Tensor q, Tensor k, Tensor lse, float scale, str backend) -> Tensor",
     _attention_scores,
     _attention_scores_fake,
+)
+
+
+def _attention_entropy(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, mask: Tensor | None, backend: str
+) -> Tensor:
+    return _BODIES[backend].attention_entropy(q, k, lse, scale, mask)
+
+
+def _attention_entropy_fake(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32)
+
+
+attention_entropy = _define(
+    "attention_entropy(Tensor q, Tensor k, Tensor lse, float scale, Tensor? mask, str backend) "
+    "-> Tensor",
+    _attention_entropy,
+    _attention_entropy_fake,
+)
+
+
+def _partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _BODIES[backend].partial_attention(q, k, v, scale, mask)
+
+
+def _partial_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    B, H, Nq, D = q.shape
+    return q.new_empty((B, Nq, H * D)), q.new_empty((B, H, Nq), dtype=torch.float32)
+
+
+partial_attention = _define(
+    "partial_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, str backend) "
+    "-> (Tensor, Tensor)",
+    _partial_attention,
+    _partial_attention_fake,
 )
 
 

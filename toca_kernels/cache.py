@@ -22,6 +22,9 @@ class TokenCache:
         score: (layers, rows, N), float32; what the selector left in the last full step.
         age: (layers, rows, N), int32; steps since a token was recomputed.
         valid: whether a layer's caches hold what its last step left there.
+        nan: scores that were NaN so far; on the device, as reading it would wait for that.
+        off_track: whether a step came at another timestep than was announced; on the device.
+        call_shape: shape of the model's input that led to these tokens.
         samples: rows of a selection per layer: B, or B / 2 where guidance halves share theirs.
     """
 
@@ -49,6 +52,10 @@ class TokenCache:
         # Every token in its own place: what a full step scatters.
         self.every = torch.arange(N, dtype=torch.int32, device=device).repeat(B, 1)
         self.valid = [False] * layers
+        self.nan = torch.zeros((), dtype=torch.int64, device=device)
+        self.off_track = torch.zeros((), dtype=torch.bool, device=device)
+        self.call_shape: tuple[int, ...] = ()
+        self._modulation: list[Tensor] = []
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fits(self, x: Tensor) -> bool:
@@ -62,6 +69,8 @@ class TokenCache:
     def invalidate(self) -> None:
         """Forget what is cached; the buffers stay."""
         self.valid = [False] * self.layers
+        self.nan.zero_()
+        self.off_track.zero_()
         self._selected.clear()
 
     @property
@@ -96,14 +105,13 @@ class TokenCache:
         grid: tuple[int, int],
         cell: int,
         bonus: float,
-    ) -> int:
-        """Choose the tokens of every cached layer of a step; returns how many scores were NaN.
+    ) -> None:
+        """Choose the tokens of every cached layer of a step.
 
         One `select_tokens` call serves a run of neighbouring layers, which is all of them in most
         steps.
         """
         self._selected.clear()
-        nan = 0
         for first, stop in _runs(cached):
             rows = (stop - first) * self.samples
             selection = select_tokens(
@@ -112,7 +120,7 @@ class TokenCache:
                 [k[layer] for layer in range(first, stop) for _ in range(self.samples)],
                 age_weight=age_weight,
                 grid=grid,
-                cell=cell,
+                cell=min(cell, self.shape[1]),  # one cell is all there is where N is 1
                 bonus=bonus,
             )
             for layer in range(first, stop):
@@ -121,13 +129,18 @@ class TokenCache:
                 if self.samples != self.shape[0]:
                     index, inverse = index.repeat(2, 1), inverse.repeat(2, 1)
                 self._selected[layer] = (index, inverse)
-            if selection.nan.device.type == "cpu":  # on a GPU this would wait for the device
-                nan += int(selection.nan.sum())
-        return nan
+            self.nan += selection.nan.sum()
 
     def selection(self, layer: int) -> tuple[Tensor, Tensor]:
         """(index (B, k), inverse (B, N)) of a layer in the step at hand."""
         return self._selected[layer]
+
+    def fixed_modulation(self, rows: list[Tensor]) -> list[Tensor]:
+        """A copy of a step's modulation rows at the same place in every step, for replays."""
+        if [row.shape for row in self._modulation] != [row.shape for row in rows]:
+            self._modulation = [torch.empty_like(row) for row in rows]
+        torch._foreach_copy_(self._modulation, rows)
+        return self._modulation
 
     def recomputed(self) -> Tensor:
         """(layers, B, N) bool: the tokens that the step at hand recomputes."""

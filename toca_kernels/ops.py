@@ -11,8 +11,8 @@ Letters: B samples, N tokens, k selected tokens, C channels, H heads, D channels
 F hidden channels of the MLP, R rows of a selection (layers x samples).
 
 Every op takes `backend=None`: None is the fastest body for the tensors' device, a name
-("reference", "native") is used or refused.  All bodies compute the same function: arithmetic in
-float32, rounded once to the tensors' dtype.  Nothing here is differentiable.
+("reference", "native", "triton") is used or refused.  All bodies compute the same function:
+arithmetic in float32, rounded once to the tensors' dtype.  Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .native import PackedLinear, packed_mlp_rows
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
 MAX_UPDATES = 4
+_NO_NATIVE_BODY = ("reference", "triton")
 
 Linear: TypeAlias = nn.Linear | PackedLinear | tuple[Tensor, Tensor | None]
 Residual: TypeAlias = tuple[Tensor | None, Tensor]
@@ -70,7 +71,13 @@ class Selection:
 
 
 def attention_scores(
-    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    query_stride: int = 1,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention that each token receives, without ever storing the N x N map.
 
@@ -84,6 +91,8 @@ def attention_scores(
         k: (B, H, N, D), dtype of q, last dimension contiguous.
         lse: (B, H, Nq), float32, natural logarithm of sum_j exp(scale * q_i . k_j).
         scale: the softmax scale, usually D ** -0.5.
+        query_stride: sum over the queries 0, s, 2 s, ... only and multiply by s: an estimate at
+            1 / s of the cost, for the lengths of video.
         backend: None chooses by device; a name is used or refused.
 
     Returns:
@@ -97,7 +106,103 @@ def attention_scores(
     B, H, Nq, D = q.shape
     _checks.tensor("k", k, (B, H, "N", D), dtype=q.dtype, device=q.device, layout="rows")
     _checks.tensor("lse", lse, (B, H, Nq), dtype=torch.float32, device=q.device)
-    return _library.attention_scores(q, k, lse, float(scale), resolve(backend, q.device))
+    _checks.count("query_stride", query_stride, 1, max(Nq, 1))
+    backend = resolve(backend, q.device)
+    if query_stride == 1:
+        return _library.attention_scores(q, k, lse, float(scale), backend)
+    q, lse = q[:, :, ::query_stride], lse[:, :, ::query_stride].contiguous()
+    return _library.attention_scores(q, k, lse, float(scale), backend) * query_stride
+
+
+def attention_entropy(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Entropy of each query's cross-attention, without ever storing the N x L map.
+
+        p[b, i, j] = mean_h exp(scale * q[b, h, i] . k[b, h, j] - lse[b, h, i])
+        out[b, i]  = -sum_j p[b, i, j] * ln(p[b, i, j] + 1e-7)
+
+    The cross-attention influence of ToCa (ICLR 2025, section 3.2, score s2): the mean over heads
+    comes before the logarithm.  Sums run over the keys that the mask admits.
+
+    Args:
+        q: (B, H, N, D), float32 | bfloat16 | float16, last dimension contiguous.
+        k: (B, H, L, D), dtype of q, last dimension contiguous: the keys of the text.
+        lse: (B, H, N), float32, natural logarithm of sum_j exp(scale * q_i . k_j) over the keys
+            that the mask admits.
+        scale: the softmax scale, usually D ** -0.5.
+        mask: (B, L), bool, contiguous: which keys there are; None for all.
+        backend: None chooses by device; a name is used or refused.  No native body.
+
+    Returns:
+        (B, N), float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs; the message gives both.
+        RuntimeError: the named backend is not available here; the message says why.
+    """
+    _checks.tensor("q", q, ("B", "H", "N", "D"), dtype=_checks.FLOATS, layout="rows")
+    B, H, N, D = q.shape
+    _checks.tensor("k", k, (B, H, "L", D), dtype=q.dtype, device=q.device, layout="rows")
+    _checks.tensor("lse", lse, (B, H, N), dtype=torch.float32, device=q.device)
+    _key_mask(mask, k)
+    backend = resolve(backend, q.device, _NO_NATIVE_BODY)
+    return _library.attention_entropy(q, k, lse, float(scale), mask, backend)
+
+
+def partial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the selected queries over all keys.
+
+        logit[b, h, i, j] = scale * q[b, h, i] . k[b, h, j]
+        lse[b, h, i]      = ln sum_j exp(logit[b, h, i, j])
+        out[b, i, head h] = sum_j exp(logit[b, h, i, j] - lse[b, h, i]) * v[b, h, j]
+
+    Sums run over the keys that the mask admits; a query without any gets 0, and -inf as its lse.
+    A backend may round the weights to the dtype of v before it multiplies, as flash attention does.
+
+    Args:
+        q: (B, H, k, D), float32 | bfloat16 | float16, last dimension contiguous.
+        k, v: (B, H, N, D), dtype of q, last dimension contiguous.
+        scale: the softmax scale, usually D ** -0.5.
+        mask: (B, N), bool, contiguous: which keys there are (text of different lengths); None for
+            all.
+        backend: None chooses by device; a name is used or refused.  No native body.
+
+    Returns:
+        out: (B, k, H * D), dtype of q: what the output projection takes.
+        lse: (B, H, k), float32: what `attention_scores` and `attention_entropy` take.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs; the message gives both.
+        RuntimeError: the named backend is not available here; the message says why.
+    """
+    _checks.tensor("q", q, ("B", "H", "k", "D"), dtype=_checks.FLOATS, layout="rows")
+    B, H, _, D = q.shape
+    _checks.tensor("k", k, (B, H, "N", D), dtype=q.dtype, device=q.device, layout="rows")
+    _checks.tensor("v", v, k.shape, dtype=q.dtype, device=q.device, layout="rows")
+    _key_mask(mask, k)
+    backend = resolve(backend, q.device, _NO_NATIVE_BODY)
+    return _library.partial_attention(q, k, v, float(scale), mask, backend)
+
+
+def _key_mask(mask: Tensor | None, k: Tensor) -> None:
+    if mask is not None:
+        shape = (k.shape[0], k.shape[2])
+        _checks.tensor("mask", mask, shape, dtype=torch.bool, device=k.device)
 
 
 def select_tokens(
@@ -269,8 +374,9 @@ def mlp_rows(
 
         out = fc2(activation(fc1(rows)))
 
-    The GEMMs are the library's (oneDNN, MKL, cuBLAS).  A `PackedLinear` holds a weight in the
-    order in which oneDNN reads it, with the activation fused into the first GEMM.
+    The GEMMs are the library's (oneDNN, MKL, cuBLAS), and Triton's for few rows on a GPU.  A
+    `PackedLinear` holds a weight in the order in which oneDNN reads it, with the activation fused
+    into the first GEMM.
 
     Args:
         rows: (B, k, C), float32 | bfloat16 | float16, contiguous.
@@ -424,6 +530,7 @@ def partial_mlp(
         ValueError, RuntimeError: as the three ops it is made of.
     """
     index, inverse = selection
+    _checks.tensor("index", index, ("B", "k"), dtype=torch.int64, device=x.device)
     shift, scale, gate = modulation
     updates: list[Update] = [] if residual is None else [residual]
     if index.shape[1] == 0:

@@ -22,6 +22,39 @@ def attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     return score / max(H, 1)
 
 
+def attention_entropy(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    B, H, N, _ = q.shape
+    p = q.new_zeros((B, N, k.shape[2]), dtype=torch.float32)
+    for h in range(H):
+        logits = torch.matmul(q[:, h].float(), k[:, h].float().transpose(-1, -2)) * scale
+        p += torch.exp(logits - lse[:, h, :, None])
+    p /= max(H, 1)
+    if mask is not None:
+        p = p.masked_fill(~mask[:, None], 0.0)
+    return -(p * torch.log(p + 1e-7)).sum(dim=-1)
+
+
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, H, Nq, D = q.shape
+    out = q.new_empty((B, Nq, H, D))
+    lse = q.new_empty((B, H, Nq), dtype=torch.float32)
+    for h in range(H):  # one head at a time: the map of all heads need not fit
+        logits = torch.matmul(q[:, h].float(), k[:, h].float().transpose(-1, -2)) * scale
+        value = v[:, h].float()
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None], -torch.inf)
+            value = value.masked_fill(~mask[:, :, None], 0.0)
+        lse[:, h] = torch.logsumexp(logits, dim=-1)
+        # No key at all: a log-sum-exp of -inf, and weights of 0.
+        shift = lse[:, h, :, None].masked_fill(lse[:, h, :, None] == -torch.inf, 0.0)
+        out[:, :, h] = torch.matmul(torch.exp(logits - shift), value).to(q.dtype)
+    return out.flatten(2), lse
+
+
 def select_tokens(
     score: Tensor,
     age: Tensor,
@@ -130,10 +163,12 @@ def scatter_residual(
     inverse: Sequence[Tensor | None],
     out: Tensor,
 ) -> None:
+    for rows, slot in zip(fresh, inverse, strict=True):  # all of them before a cache is written
+        if rows is not None and slot is not None:
+            _check_range("inverse", slot, -1, rows.shape[1])
     total = x.float()
     for gate, cache, rows, slot in zip(gates, caches, fresh, inverse, strict=True):
         if rows is not None and slot is not None and rows.shape[1] > 0:
-            _check_range("inverse", slot, -1, rows.shape[1])
             source = slot.clamp(min=0).long()[:, :, None].expand_as(cache)
             cache.copy_(torch.where((slot >= 0)[:, :, None], rows.gather(1, source), cache))
         value = cache.float()

@@ -8,8 +8,9 @@ the plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -59,48 +60,89 @@ class Branch:
         self.fused = run.config.full_steps == "fused"
         self.position = position
         self.first = first
-        self.last: float | None = None
+        self.last: float | None = None  # of the last step that was finished
+        self._now: float | None = None
         self.done = Done()
         self.cache: TokenCache = None  # type: ignore[assignment]  # made by the first step
+        self._ahead = False  # whether the step at hand was decided before the model was called
         self._call: ModelCall
         self._forced = False
         self._plan: Plan
         self._needs_score: BoolTable
         self._tables: list[Tensor] | None = None
+        self._modulation: list[Tensor] | None = None
         self._rows: dict[int, int] = {}
         self._generator: torch.Generator | None = None
 
     # --- what the blocks ask (blocks.self_mlp.Step) -------------------------------------------
 
     def begin(self, x: Tensor) -> None:
-        """First block of a step: make the cache, force a full step where it does not fit."""
-        run, config = self.run, self.run.config
-        if self.cache is None or not self.cache.fits(x):
-            if self.done.seconds:  # another image size: the counts of the two do not add up
-                self.done = Done()
-            self._plan = run.plan(x.shape[1])
-            self._needs_score = self._plan.needs_score("mlp")
-            self.cache = TokenCache(
-                len(run.blocks),
-                x.shape,
-                x.dtype,
-                x.device,
-                share_halves=config.share_cfg_selection,
-            )
-            self._tables = None
-            self.done.samples, self.done.tokens, self.done.channels = x.shape
+        """First block of a step: everything that is decided or selected once for all layers."""
+        if not self._ahead:
+            if self.cache is None or not self.cache.fits(x):
+                self._adopt(self.run.make_cache(x))
+            self._decide()
+        self._ahead = False
+        cached = [not full for full in self.done.full[-1]]
+        if any(cached):
+            self._select(cached, self.done.k[-1])
+
+    def plan_ahead(self) -> Hashable | None:
+        """Decide the step before the model is called, so that its kernels can be replayed.
+
+        Returns what the kernels of the step depend on, beside the shapes of the inputs; None where
+        that is not known before, and then the step is decided on the way, in `begin`.
+        """
+        if self.cache is None:
+            kept = self.run.kept_cache(self._call)
+            if kept is None:
+                return None
+            self._adopt(kept)
+        elif self.cache.call_shape != self._call.shape:
+            return None
+        if self.run.record_selections:  # read by Python in every step
+            return None
+        self._decide()
+        self._ahead = True
+        layers = range(self.cache.layers)
+        selectors = tuple(self.selector(layer) for layer in layers if self.full(layer))
+        full, k = tuple(self.done.full[-1]), tuple(self.done.k[-1])
+        return id(self.cache), full, k, selectors, self.modulation(0) is None
+
+    def _adopt(self, cache: TokenCache) -> None:
+        if self.done.seconds:  # another image size: the counts of the two do not add up
+            self.done = Done()
+        self.cache = cache
+        self.cache.call_shape = self._call.shape
+        self._tables = None
+        self._plan = self.run.plan(cache.shape[1])
+        self._needs_score = self._plan.needs_score("mlp")
+        self.done.samples, self.done.tokens, self.done.channels = cache.shape
+
+    def _decide(self) -> None:
+        """What the step at hand does: the plan's word, or a full step where nothing is cached."""
         full = self._plan.full["mlp"][self.position]
         self._forced = bool((~full).any()) and not all(self.cache.valid)
         if self._forced:
             full = np.ones_like(full)
-        k = np.where(full, x.shape[1], self._plan.k["mlp"][self.position]).tolist()
-        cached = (~full).tolist()
-        if any(cached) or self.fused:
-            self._tabulate(x)
-        if any(cached):
-            self._select(cached, k)
-        self.done.k.append(k)
+        k = np.where(full, self.cache.shape[1], self._plan.k["mlp"][self.position])
+        self.done.k.append(k.tolist())
         self.done.full.append(full.tolist())
+        if self.fused or not full.all():
+            self._tabulate()
+        self._modulation = self._look_up()
+
+    def _look_up(self) -> list[Tensor] | None:
+        """The rows of the table for this step, one tensor for each layer; None if it has none."""
+        if self._tables is None or self.position not in self._rows:
+            return None
+        if self._now is None:  # on a device: compared there, and read at the end of the run
+            announced = self.run.timesteps[self.position]
+            self.cache.off_track |= (self._call.timestep != announced).any()
+        labels = self._call.labels.numel()
+        first = self._rows[self.position] * labels
+        rows = [table[first : first + labels] for table in self._tables]
+        return rows if self.run.graphs is None else self.cache.fixed_modulation(rows)
 
     def full(self, layer: int) -> bool:
         return self.done.full[-1][layer]
@@ -114,11 +156,7 @@ class Branch:
 
     def modulation(self, layer: int) -> Tensor | None:
         """This step's rows of the layer's table; None where there is no table for this step."""
-        if self._tables is None or self.position not in self._rows:
-            return None
-        labels = self._call.labels.numel()
-        first = self._rows[self.position] * labels
-        return self._tables[layer][first : first + labels]
+        return None if self._modulation is None else self._modulation[layer]
 
     # --- inside a step ------------------------------------------------------------------------
 
@@ -126,7 +164,7 @@ class Branch:
         config = self.run.config
         if config.selector == "random":
             self.cache.score.uniform_(generator=self._random())
-        self.done.nan += self.cache.select(
+        self.cache.select(
             cached,
             k,
             age_weight=config.age_step,
@@ -141,7 +179,7 @@ class Branch:
             self._generator.manual_seed(self.run.config.seed)
         return self._generator
 
-    def _tabulate(self, x: Tensor) -> None:
+    def _tabulate(self) -> None:
         """Modulations of all remaining cached steps, in one GEMM for each layer."""
         timesteps = self.run.timesteps
         if self._tables is not None or not self.run.config.tabulate_modulation or not timesteps:
@@ -151,12 +189,12 @@ class Branch:
             for step in range(self.position, min(self._plan.num_steps, len(timesteps)))
             if self.fused or not self._plan.full["mlp"][step].all()
         ]
-        if not steps or timesteps[self.position] != self.last:
+        if not steps or self._now not in (None, timesteps[self.position]):
             return  # these are not the timesteps that were announced: computed step by step
         labels = self._call.labels.flatten()  # one for each sample, or one for all of them
         t = torch.tensor([timesteps[step] for step in steps], device=self._call.timestep.device)
         t = t.to(self._call.timestep.dtype).repeat_interleave(len(labels))
-        conditions = self.run.adapter.conditions(t, labels.repeat(len(steps)), x)
+        conditions = self.run.adapter.conditions(t, labels.repeat(len(steps)), self.cache.attn)
         chunks = slice(None) if self.fused else CACHED_CHUNKS
         self._tables = [
             block.modulate(condition, chunks)
@@ -167,16 +205,19 @@ class Branch:
 
     def enter(self, call: ModelCall, timestep: float | None) -> None:
         self._call = call
-        self.last = timestep
+        self._now = timestep
         if self.first is None:
             self.first = timestep
-        announced = self.run.timesteps
-        if announced and self._rows and timestep != announced[self.position]:
+        if self._rows and timestep not in (None, self.run.timesteps[self.position]):
             self._rows = {}  # off the announced track: the table does not hold this step
 
     def leave(self, seconds: float) -> None:
         done, cache = self.done, self.cache
+        for layer, full in enumerate(done.full[-1]):  # a replay runs no Python of the blocks
+            cache.valid[layer] |= full
+        self._ahead = False
         self.position += 1
+        self.last = self._now
         done.seconds.append(seconds)
         done.cache_bytes = max(done.cache_bytes, cache.nbytes)
         done.other_bytes = max(done.other_bytes, cache.other_nbytes)
@@ -185,10 +226,23 @@ class Branch:
         if self.position == self.run.num_steps:  # nothing will be read any more
             self.release()
 
+    @property
+    def nan_scores(self) -> int:
+        return self.done.nan if self.cache is None else int(self.cache.nan)
+
     def release(self) -> None:
         """Give the memory back; what was done stays to be read."""
+        cache = self.cache
         self.cache = None  # type: ignore[assignment]
-        self._tables, self._rows = None, {}
+        self._tables, self._modulation, self._rows = None, None, {}
+        if cache is None:
+            return
+        self.done.nan = int(cache.nan)
+        if cache.off_track:
+            raise RuntimeError(
+                "timesteps: the run visited others than were announced, so its modulation was "
+                "wrong; enable with the timesteps that you sample, or tabulate_modulation=False"
+            )
 
     def ran(self, timestep: float | None) -> bool:
         """Whether the last step was this one: then a call with other labels is its second half.
@@ -199,9 +253,18 @@ class Branch:
 
     def abort(self) -> None:
         """The step did not finish: nothing it left behind may be read."""
+        self._ahead = False
         del self.done.k[len(self.done.seconds) :], self.done.full[len(self.done.seconds) :]
         if self.cache is not None:
             self.cache.invalidate()
+
+
+class Graphs(Protocol):
+    """What replays steps; graphs.StepGraphs is one."""
+
+    def call(
+        self, branch: Branch, forward: Callable[..., Any], args: Sequence[Any], kwargs: Any
+    ) -> Any: ...
 
 
 class Run:
@@ -227,6 +290,8 @@ class Run:
         self.num_steps = num_steps
         self.timesteps = list(timesteps) if timesteps is not None else []
         self.record_selections = False
+        self.graphs: Graphs | None = None
+        self._kept: list[TokenCache] = []
         self.active: Branch | None = None
         self.branches: dict[object, Branch] = {}
         self._plans: dict[tuple[int, int], Plan] = {}
@@ -273,13 +338,44 @@ class Run:
             )
         return plan
 
-    def call(self, call: ModelCall, forward: Callable[[], object]) -> object:
+    def make_cache(self, x: Tensor) -> TokenCache:
+        """A cache for tokens like x; where steps are replayed it is kept for the next run."""
+        cache = TokenCache(
+            len(self.blocks),
+            x.shape,
+            x.dtype,
+            x.device,
+            share_halves=self.config.share_cfg_selection,
+        )
+        if self.graphs is not None:
+            self._kept.append(cache)
+        return cache
+
+    def kept_cache(self, call: ModelCall) -> TokenCache | None:
+        """A cache of an earlier run for inputs like this call's, if one is free."""
+        taken = {id(branch.cache) for branch in self.branches.values()}
+        for cache in self._kept:
+            if cache.call_shape == call.shape and id(cache) not in taken:
+                cache.invalidate()
+                return cache
+        return None
+
+    def call(
+        self,
+        call: ModelCall,
+        forward: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> object:
         """Run the model's own forward as the next step of the branch that `call` belongs to."""
         branch = self._branch(call)
         self.active = branch
         started = time.perf_counter()
         try:
-            out = forward()
+            if self.graphs is None:
+                out = forward(*args, **kwargs)
+            else:
+                out = self.graphs.call(branch, forward, args, kwargs)
         except BaseException:
             branch.abort()
             raise
@@ -331,13 +427,17 @@ class Run:
 
     def _restarts(self, branch: Branch, timestep: float | None) -> bool:
         """Whether this call starts a new run of the branch rather than its next step."""
-        if timestep is None or branch.first is None or branch.last is None:
+        if branch.position == 0:  # its first step was not finished
+            return True
+        if timestep is None:
             return branch.position >= (self.num_steps or 0)
         coming = self.timesteps[branch.position :][:1]
-        if branch.position > 0 and coming == [timestep]:  # announced, so it need not be monotone
+        if coming == [timestep]:  # announced, so it need not be monotone
             return False
         if timestep == branch.first:
             return True
+        if branch.last is None or branch.first is None:
+            return False
         direction = branch.last - branch.first
         return direction != 0 and (timestep - branch.last) * direction < 0
 

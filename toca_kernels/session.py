@@ -16,6 +16,7 @@ from . import models
 from .blocks.self_mlp import SelfMLP
 from .config import ToCaConfig
 from .flops import BlockShape, Flops
+from .graphs import CudaGraphs, StepGraphs
 from .plan import Plan, check_integer
 from .run import Branch, Done, Run
 
@@ -38,6 +39,8 @@ class Summary:
         cache_bytes: cached features; modulation_bytes: table of gates, shifts and scales;
             packed_bytes: second copies of MLP weights; other_bytes: scores, ages, selections.
         nan_scores: scores that were NaN: the model's output is not to be trusted.
+        graphs, graph_bytes: recorded steps, and the memory of their pool (cuda_graph=True).
+        graph_fallback: why steps are not replayed although they should be; empty if they are.
     """
 
     steps: int
@@ -55,6 +58,9 @@ class Summary:
     packed_bytes: int
     other_bytes: int
     nan_scores: int
+    graphs: int = 0
+    graph_bytes: int = 0
+    graph_fallback: str = ""
 
     def __str__(self) -> str:
         mib = 1 / 2**20
@@ -73,6 +79,12 @@ class Summary:
             f"{self.packed_bytes * mib:.1f} MiB packed weights, "
             f"{self.other_bytes * mib:.2f} MiB other",
         ]
+        if self.graphs:
+            lines.append(
+                f"graphs      {self.graphs} recorded, {self.graph_bytes * mib:.1f} MiB pool"
+            )
+        if self.graph_fallback:
+            lines.append(f"no graphs   {self.graph_fallback}")
         if self.nan_scores:
             lines.append(f"WARNING     {self.nan_scores} scores were NaN")
         return "\n".join(lines)
@@ -94,6 +106,7 @@ class Session:
         config: ToCaConfig,
         num_steps: int | None,
         timesteps: Sequence[float] | None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -103,6 +116,7 @@ class Session:
             for layer, parts in enumerate(self._adapter.blocks())
         ]
         self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps)
+        self._run.graphs = self._graphs = graphs
         self._own_forward = model.forward
         self._undo: list[Callable[[], None]] = []
 
@@ -118,7 +132,7 @@ class Session:
             raise RuntimeError("model: expected evaluation mode, got training mode; call .eval()")
         call = self._adapter.call(*args, **kwargs)
         with torch.no_grad():  # cached features carry no gradient: none is promised
-            out = self._run.call(call, lambda: self._own_forward(*args, **kwargs))
+            out = self._run.call(call, self._own_forward, args, kwargs)
         return out
 
     @property
@@ -187,6 +201,8 @@ class Session:
             self._undo.pop()()
         self.model.__dict__.pop(_ATTRIBUTE, None)
         self._run.release()
+        for block in self._blocks:
+            block.release()
 
     # --- report -----------------------------------------------------------------------------
 
@@ -196,10 +212,12 @@ class Session:
         Raises:
             RuntimeError: no step has been run yet.
         """
-        done = [b.done for b in self._run.branches.values() if b.done.seconds]
+        branches = [b for b in self._run.branches.values() if b.done.seconds]
+        done = [branch.done for branch in branches]
         if not done:
             raise RuntimeError("summary: no step has been run yet")
         counts = [self._flops(d) for d in done]
+        graphs = self._graphs
         seconds = sum(sum(d.seconds) for d in done)
         steps = max(len(d.seconds) for d in done)
         full_steps = max(sum(map(all, d.full)) for d in done)
@@ -219,7 +237,10 @@ class Session:
             modulation_bytes=sum(d.table_bytes for d in done),
             packed_bytes=sum(block.packed_nbytes for block in self._blocks),
             other_bytes=sum(d.other_bytes for d in done),
-            nan_scores=sum(d.nan for d in done),
+            nan_scores=sum(branch.nan_scores for branch in branches),
+            graphs=0 if graphs is None else len(graphs),
+            graph_bytes=0 if graphs is None else graphs.nbytes,
+            graph_fallback="" if graphs is None else graphs.fallback,
         )
 
     def _flops(self, done: Done) -> Flops:
@@ -250,6 +271,7 @@ def enable(
     *,
     num_steps: int | None = None,
     timesteps: Sequence[float] | Tensor | None = None,
+    cuda_graph: bool = False,
 ) -> Session:
     """Turn token-wise caching on for a model, until `disable`.
 
@@ -264,6 +286,8 @@ def enable(
         timesteps: the timesteps of a run, as the model will be given them, if known: they let
             gates, shifts and scales be computed for all steps at once.  A pipeline's scheduler
             tells them too.
+        cuda_graph: record each kind of step as a CUDA graph and replay it; the model must be on a
+            CUDA device.  `round_k_to` of the config bounds how many kinds there are.
 
     Returns:
         The session: `summary()`, `reset()`, `record_selections`.
@@ -284,7 +308,8 @@ def enable(
         num_steps = len(timesteps) if num_steps is None else num_steps
         if len(timesteps) != num_steps:
             raise ValueError(f"timesteps: expected {num_steps}, got {len(timesteps)}")
-    session = Session(model, config, num_steps, timesteps)
+    graphs = StepGraphs(CudaGraphs(_cuda_device(model))) if cuda_graph else None
+    session = Session(model, config, num_steps, timesteps, graphs)
     session._install(scheduler)
     return session
 
@@ -309,13 +334,27 @@ def enabled(
     *,
     num_steps: int | None = None,
     timesteps: Sequence[float] | Tensor | None = None,
+    cuda_graph: bool = False,
 ) -> Iterator[Session]:
     """`enable` for the length of a with block; the model is put back whatever happens in it."""
-    session = enable(model_or_pipeline, config, num_steps=num_steps, timesteps=timesteps)
+    session = enable(
+        model_or_pipeline,
+        config,
+        num_steps=num_steps,
+        timesteps=timesteps,
+        cuda_graph=cuda_graph,
+    )
     try:
         yield session
     finally:
         session._uninstall()
+
+
+def _cuda_device(model: nn.Module) -> torch.device:
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected a model on a CUDA device, got one on {device}")
+    return device
 
 
 def _parts(model_or_pipeline: Any) -> tuple[nn.Module, object | None]:

@@ -36,15 +36,13 @@ void normalise_row(const GatherModulate& p, int64_t b, int64_t n, float* buffer,
       total += v;
     });
   }
-  // The buffer's lanes past C are zero; they may enter the mean but not the variance.
   const float mean = p.rms ? 0.f : sum(total) / float(C);
+  for (int64_t c = C; c % kVec; ++c) buffer[c] = mean;  // the lanes past C add no variance
   Vec squares = splat(0.f);
-  for_row(C, [&](int64_t c, auto, auto) {
-    Vec d = load(buffer + c) - mean;
-    if (C - c < kVec)
-      for (int i = int(C - c); i < kVec; ++i) d[i] = 0.f;
+  for (int64_t c = 0; c < C; c += kVec) {
+    const Vec d = load(buffer + c) - mean;
     squares += d * d;
-  });
+  }
   const float rstd = 1.f / std::sqrt(sum(squares) / float(C) + p.eps);
   const T* shift = row_of<T>(p.shift, b, n);
   const T* scale = row_of<T>(p.scale, b, n);

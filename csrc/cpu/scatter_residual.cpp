@@ -1,7 +1,7 @@
 // scatter_residual: fresh rows into their caches, every gated cache into the residual.
 //
 // Fused: scatter, gates and residual adds of up to four caches, in one pass over the tokens; each
-// fresh row is read through the inverse map and written to its cache while it is in registers.
+// fresh row is found through the inverse map, moved to its cache bit by bit, and then still near.
 // Limited by memory: one read of x and of each cache, one write of x, and of the fresh rows.
 #include "../toca.h"
 #include "parallel.h"
@@ -14,44 +14,33 @@ template <class T>
 struct Source {
   const T* gate;  // nullptr: 1
   const T* value;
-  T* cache;  // nullptr: nothing to write
 };
 
+// The row of token n, after its fresh value, if there is one, was moved to the cache.
 template <class T>
 Source<T> source_of(const ResidualUpdate& u, int64_t b, int64_t n, int64_t N, int64_t C) {
   const T* gate =
       u.gate.data ? (const T*)u.gate.data + b * u.gate.stride_b + n * u.gate.stride_n : nullptr;
   T* cache = (T*)u.cache + (b * N + n) * C;
   const int32_t slot = u.fresh && u.k > 0 ? u.inverse[b * N + n] : -1;
-  if (slot < 0) return {gate, cache, nullptr};
-  return {gate, (const T*)u.fresh + (b * u.k + slot) * C, cache};
+  if (slot >= 0) std::memcpy(cache, (const T*)u.fresh + (b * u.k + slot) * C, C * sizeof(T));
+  return {gate, cache};
 }
 
-// The two common forms get loops without branches inside; the last serves everything.
+// The most common form gets a loop without branches inside; the other serves everything.
 template <class T>
 void add_row(const Source<T>* s, int count, const T* x, T* out, int64_t C) {
-  if (count == 2 && s[0].gate && s[1].gate && !s[0].cache) {
+  if (count == 2 && s[0].gate && s[1].gate) {
     const Source<T> a = s[0], m = s[1];
-    if (m.cache) {
-      for_row(C, [&](int64_t, auto load, auto put) {
-        const Vec v = load(m.value);
-        put(m.cache, v);
-        put(out, load(x) + load(a.gate) * load(a.value) + load(m.gate) * v);
-      });
-    } else {
-      for_row(C, [&](int64_t, auto load, auto put) {
-        put(out, load(x) + load(a.gate) * load(a.value) + load(m.gate) * load(m.value));
-      });
-    }
+    for_row(C, [&](int64_t, auto load, auto put) {
+      put(out, load(x) + load(a.gate) * load(a.value) + load(m.gate) * load(m.value));
+    });
     return;
   }
   for_row(C, [&](int64_t, auto load, auto put) {
     Vec total = load(x);
-    for (int u = 0; u < count; ++u) {
-      const Vec v = load(s[u].value);
-      if (s[u].cache) put(s[u].cache, v);
-      total += s[u].gate ? load(s[u].gate) * v : v;
-    }
+    for (int u = 0; u < count; ++u)
+      total += s[u].gate ? load(s[u].gate) * load(s[u].value) : load(s[u].value);
     put(out, total);
   });
 }
@@ -73,7 +62,7 @@ void run(const ScatterResidual& p) {
 void scatter_residual(const ScatterResidual& p) {
   for (int u = 0; u < p.updates; ++u) {
     const ResidualUpdate& update = p.update[u];
-    if (!update.fresh) continue;
+    if (!update.inverse) continue;
     for (int64_t r = 0; r < p.B * p.N; ++r)
       if (update.inverse[r] < -1 || update.inverse[r] >= update.k)
         throw OutOfRange{update.inverse[r], -1, update.k};

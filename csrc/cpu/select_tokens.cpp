@@ -1,7 +1,7 @@
 // select_tokens: score + age, tile bonus, top k, compaction and ages of a row in one go.
 //
 // One row (a layer of a sample) is one thread's work and stays in L1/L2: keys are ranked by radix
-// select (11 + 11 + 10 bits), so the cost is linear in N whatever k is, and nothing is sorted.
+// select (four digits of 8 bits), so the cost is linear in N whatever k is, and nothing is sorted.
 // Compiled without contraction of a * b + c: the sums must be the reference's, bit for bit.
 #include "../order.h"
 #include "../toca.h"
@@ -11,12 +11,12 @@
 namespace toca::cpu::TOCA_ISA {
 namespace {
 
-constexpr int kBits[] = {11, 11, 10};  // digits of the radix select, from the top
+constexpr int kBits = 8;  // of a digit of the radix select
+constexpr uint32_t kBuckets = 1u << kBits;
 
 struct Scratch {
   Buffer<float> total;
   Buffer<uint32_t> key;
-  Buffer<uint32_t> histogram{1 << kBits[0]};
   explicit Scratch(int64_t N) : total(N), key(N) {}
 };
 
@@ -56,18 +56,15 @@ struct Threshold {
 
 Threshold threshold_of(Scratch& s, int64_t N, int64_t k) {
   uint32_t prefix = 0, mask = 0;
-  int shift = 32;
   int64_t need = k;
-  for (int bits : kBits) {
-    shift -= bits;
-    const uint32_t buckets = 1u << bits;
-    s.histogram.fill(0);
+  for (int shift = 32 - kBits; shift >= 0; shift -= kBits) {
+    uint32_t histogram[kBuckets] = {};
     for (int64_t n = 0; n < N; ++n)
-      if ((s.key[n] & mask) == prefix) ++s.histogram[s.key[n] >> shift & (buckets - 1)];
-    uint32_t bucket = buckets - 1;
-    while (int64_t(s.histogram[bucket]) < need) need -= s.histogram[bucket--];
+      if ((s.key[n] & mask) == prefix) ++histogram[s.key[n] >> shift & (kBuckets - 1)];
+    uint32_t bucket = kBuckets - 1;
+    while (int64_t(histogram[bucket]) < need) need -= histogram[bucket--];
     prefix |= bucket << shift;
-    mask |= (buckets - 1) << shift;
+    mask |= (kBuckets - 1) << shift;
   }
   return {prefix, need};
 }

@@ -123,17 +123,21 @@ inline float to_float(f16 value) {
 #endif
 }
 
-// --- store: float32 rounded to nearest even, NaN stays NaN ---
+// --- store: float32 rounded to nearest even, NaN stays NaN; subnormal bfloat16 may become 0 ---
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline void store(bf16* p, Vec v) {
-  // Not vcvtneps2bf16: it takes subnormals for zero, and is no faster in kernels limited by memory.
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // takes subnormals for zero
+  std::memcpy(p, &h, sizeof(h));
+#else
   const VecU u = bits_as<VecU>(v);
   const VecU rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   const VecU nan = VecU(v != v);
   const VecH h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), VecH);
   std::memcpy(p, &h, sizeof(h));
+#endif
 }
 
 inline void store(f16* p, Vec v) {

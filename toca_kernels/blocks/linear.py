@@ -56,10 +56,7 @@ class PackedMLP:
     def __init__(self) -> None:
         self._packed: tuple[PackedLinear, PackedLinear] | None = None
         self._of: tuple[object, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(linear.nbytes for linear in self._packed) if self._packed else 0
+        self.nbytes = 0
 
     def linears(self) -> tuple[PackedLinear, PackedLinear] | None:
         return self._packed
@@ -72,12 +69,18 @@ class PackedMLP:
             or packing_unavailable(fc1.weight.dtype, fc1.weight.device)
             or fc1.weight.dtype != fc2.weight.dtype
         ):
-            self._packed, self._of = None, ()
+            self.release()
+            self.nbytes = 0
             return
         now = (*fingerprint(fc1), *fingerprint(fc2))
         if now != self._of:
             self._packed = (PackedLinear.from_linear(fc1), PackedLinear.from_linear(fc2))
             self._of = now
+            self.nbytes = sum(linear.nbytes for linear in self._packed)
+
+    def release(self) -> None:
+        """Give the memory back; `nbytes` stays to be read."""
+        self._packed, self._of = None, ()
 
 
 def fingerprint(linear: nn.Linear) -> tuple[object, ...]:

@@ -110,6 +110,9 @@ class SelfMLP:
     def packed_nbytes(self) -> int:
         return self._packed.nbytes
 
+    def release(self) -> None:
+        self._packed.release()
+
     def prepare(self) -> None:
         """Before a run: look again at modules that may have been replaced or changed."""
         self._norms = (self.parts.norm1(), self.parts.norm2())

@@ -18,11 +18,13 @@ class ModelCall:
     Attributes:
         timestep: the call's timestep, (), (1,) or (B,).
         labels: class labels, (B,): what sets the two guidance branches apart.
+        shape: of the model's input.
         grid: (rows, cols) of the tokens.
     """
 
     timestep: Tensor
     labels: Tensor
+    shape: tuple[int, ...]
     grid: tuple[int, int]
 
 

@@ -52,7 +52,7 @@ class DiffusersDiT(Adapter):
         names = ("hidden_states", "timestep", "class_labels")
         x, t, y = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
         patch = int(find_attribute(self.model, "config.patch_size") or self.model.patch_size)
-        return ModelCall(t, y, (x.shape[-2] // patch, x.shape[-1] // patch))
+        return ModelCall(t, y, tuple(x.shape), (x.shape[-2] // patch, x.shape[-1] // patch))
 
     def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
         for block in self.model.transformer_blocks:

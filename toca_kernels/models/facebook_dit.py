@@ -59,7 +59,7 @@ class FacebookDiT(Adapter):
         )
         patch = find_attribute(self.model, "x_embedder.patch_size")
         rows, cols = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-        return ModelCall(t, y, (x.shape[-2] // rows, x.shape[-1] // cols))
+        return ModelCall(t, y, tuple(x.shape), (x.shape[-2] // rows, x.shape[-1] // cols))
 
     def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
         model = self.model

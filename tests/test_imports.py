@@ -1,0 +1,143 @@
+"""Imports run one way, and `import toca_kernels` brings in nothing that it does not need."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "toca_kernels"
+
+# A module imports from the lines below its own, and a package (models, blocks) from itself.
+LAYERS = [
+    ["apps"],
+    ["cli"],
+    ["session"],
+    ["graphs"],
+    ["run"],
+    ["models"],
+    ["blocks"],
+    ["cache"],
+    ["ops"],
+    ["_checks", "_backends", "_library"],
+    ["reference", "native", "triton"],
+    ["_C"],
+    ["config"],
+    ["flops"],
+    ["plan"],
+]
+LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+# Upwards or sideways all the same, each for its reason.
+EXCEPTIONS = {
+    ("native", "reference"),  # the GEMMs of mlp_rows are the library's in both
+    ("plan", "flops"),  # Plan.flops, a method for convenience, imports when it is called
+}
+
+# Plain numbers, known before a run: a plan must not need torch.
+NUMPY_ONLY = {"config", "plan", "flops"}
+
+
+def parts(path: Path) -> tuple[str, ...]:
+    names = path.relative_to(PACKAGE).with_suffix("").parts
+    return names[:-1] if names[-1] == "__init__" else names
+
+
+MODULES = {parts(path): path for path in sorted(PACKAGE.rglob("*.py")) if parts(path)}
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from run_time_nodes(child)
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """Every module that a file imports at run time, at its top or inside a function.
+
+    One of the package comes as ("toca_kernels", "blocks", "self_mlp"), any other as ("torch",).
+    """
+    package = ("toca_kernels", *path.relative_to(PACKAGE).parts[:-1])
+    for node in run_time_nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            # `from . import native` imports a module, `from .native import name` a name of one.
+            if node.module:
+                yield base
+            else:
+                yield from ((*base, alias.name) for alias in node.names)
+
+
+def test_the_walk_sees_imports_of_every_form(tmp_path, monkeypatch):
+    path = tmp_path / "blocks" / "one.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import os.path\n"
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from ..session import Session\n"
+        "from . import two\n"
+        "from .three import name\n"
+        "from .. import ops\n"
+        "def late():\n    from ..cache import TokenCache\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    assert {".".join(name) for name in imports(path)} == {
+        "os.path",
+        "typing",
+        "toca_kernels.blocks.two",
+        "toca_kernels.blocks.three",
+        "toca_kernels.ops",
+        "toca_kernels.cache",
+    }
+
+
+@pytest.mark.parametrize("module", MODULES, ids=".".join)
+def test_imports_run_one_way(module):
+    unit = module[0]
+    assert unit in LAYER, f"{unit}: give the new module its place in LAYERS"
+    for name in imports(MODULES[module]):
+        if name[0] != "toca_kernels" or len(name) == 1:
+            continue
+        target = name[1]
+        if target == unit or (unit, target) in EXCEPTIONS:
+            continue
+        assert target in LAYER, f"{'.'.join(module)} imports {target}, which has no place in LAYERS"
+        assert LAYER[target] > LAYER[unit], (
+            f"{'.'.join(module)} imports {'.'.join(name)}, which is not below it"
+        )
+
+
+@pytest.mark.parametrize("module", sorted(NUMPY_ONLY))
+def test_plans_need_no_torch(module):
+    assert "torch" not in {name[0] for name in imports(PACKAGE / f"{module}.py")}
+
+
+def test_import_is_lean():
+    """Optional packages are imported where they are used; the compiler of torch costs seconds."""
+    script = """
+import sys
+import numpy, torch
+before = set(sys.modules)
+import toca_kernels
+print(*{name.split(".")[0] for name in set(sys.modules) - before if "." not in name})
+print(*(name for name in set(sys.modules) - before if name.startswith("torch._")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+    packages, of_torch = (set(line.split()) for line in done.stdout.split("\n")[:2])
+    assert "toca_kernels" in packages
+    third_party = packages - set(sys.stdlib_module_names) - {"toca_kernels"}
+    assert third_party == set()
+    assert {"torch._dynamo", "torch._inductor"} & of_torch == set()
