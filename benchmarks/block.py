@@ -3,8 +3,11 @@
 Each figure is for one block: a stack of blocks with different weights runs in turn, so no weight
 is in the cache when its block comes.  `toca` counts its share of the modulation table, computed
 once per run of 50 steps, and of the selection of all layers.  Efficiency: speed-up / FLOPs ratio.
+On CUDA each run is also replayed as a CUDA graph ("graphed"): what is left when the host is no
+longer in the way.
 
     python benchmarks/block.py --size XL --tokens 256 --batch 8 --dtype bfloat16
+    python benchmarks/block.py --device cuda --size XL --batch 2 64 --dtype bfloat16 --compile
 """
 
 from __future__ import annotations
@@ -42,21 +45,25 @@ class Stack(dit.DiT):
 class Case:
     """A shape, its stack of blocks and its inputs."""
 
-    def __init__(self, size: str, tokens: int, batch: int, dtype: str, depth: int) -> None:
-        self.size, self.tokens, self.batch, self.dtype, self.depth = (
+    def __init__(
+        self, size: str, tokens: int, batch: int, dtype: str, depth: int, device: str
+    ) -> None:
+        self.size, self.tokens, self.batch, self.dtype, self.depth, self.device = (
             size,
             tokens,
             batch,
             dtype,
             depth,
+            device,
         )
         self.side = round(tokens**0.5)
-        self.x = torch.empty(batch, 4, 2 * self.side, 2 * self.side)  # only its size is read
-        self.y = torch.arange(batch)
-        self.stack = dit.randomize(self.empty_stack()).to(timing.DTYPES[dtype])
+        latent = (batch, 4, 2 * self.side, 2 * self.side)
+        self.x = torch.empty(latent, device=device)  # only its size is read
+        self.y = torch.arange(batch, device=device)
+        self.stack = dit.randomize(self.empty_stack()).to(device, timing.DTYPES[dtype])
         generator = torch.Generator().manual_seed(1)
         hidden = torch.randn(batch, tokens, dit.SIZES[size][0], generator=generator)
-        self.stack.hidden = hidden.to(timing.DTYPES[dtype])
+        self.stack.hidden = hidden.to(device, timing.DTYPES[dtype])
 
     def empty_stack(self) -> Stack:
         channels, heads, _ = dit.SIZES[self.size]
@@ -70,7 +77,7 @@ class Case:
         return twin.requires_grad_(False)
 
     def t(self, timestep: float) -> torch.Tensor:
-        return torch.full((self.batch,), int(timestep))
+        return torch.full((self.batch,), int(timestep), device=self.device)
 
     def flops_ratio(self, k: int) -> float:
         """FLOPs of a full block over those of a cached one, as the paper's code counts them."""
@@ -99,15 +106,16 @@ def _config(k: int, tokens: int, **settings: Any) -> toca.ToCaConfig:
 class Ours:
     """Cached steps through the package, as in a run; the first one fills the table."""
 
-    def __init__(self, case: Case, k: int) -> None:
+    def __init__(self, case: Case, k: int, *, cuda_graph: bool = False) -> None:
         self.case, self.stack = case, case.twin()
         self.timesteps = torch.linspace(999, 0, STEPS).long().tolist()
         self.session = toca.enable(
-            self.stack, _config(k, case.tokens), num_steps=STEPS, timesteps=self.timesteps
+            self.stack, _config(k, case.tokens), timesteps=self.timesteps, cuda_graph=cuda_graph
         )
         self.start()
 
     def start(self) -> None:
+        self.session.reset()
         self.step = 0
         self()
 
@@ -125,12 +133,9 @@ class Naive:
     def __init__(self, case: Case, k: int, *, compiled: bool) -> None:
         self.case, self.k = case, k
         self.body = torch.compile(naive.cached_block) if compiled else naive.cached_block
-        B, N = case.batch, case.tokens
         empty = torch.empty(0)
-        self.caches = [
-            naive.LayerCache(empty, empty, empty, torch.zeros(B, N, dtype=torch.int32))
-            for _ in case.stack.blocks
-        ]
+        ages = torch.zeros(case.batch, case.tokens, dtype=torch.int32, device=case.device)
+        self.caches = [naive.LayerCache(empty, empty, empty, ages) for _ in case.stack.blocks]
         self.timesteps = torch.linspace(999, 0, STEPS).long().tolist()
         self.step = 1
         stack, c = case.stack, self.condition(999)
@@ -159,7 +164,9 @@ def check(ours: torch.Tensor, peer: torch.Tensor) -> None:
         raise SystemExit(f"the cached step differs from plain torch by {error:.2e} (> {limit})")
 
 
-def measure(case: Case, ratios: list[float], repeats: int, compiled: bool) -> list[dict[str, Any]]:
+def measure(
+    case: Case, ratios: list[float], clock: timing.Clock, repeats: int, compiled: bool
+) -> list[dict[str, Any]]:
     stack, t = case.stack, case.t(500)
     full = {"full": lambda: stack(case.x, t, case.y)}
     if compiled:
@@ -170,15 +177,37 @@ def measure(case: Case, ratios: list[float], repeats: int, compiled: bool) -> li
         torch._dynamo.reset()
         k = int(ratio * case.tokens)
         ours, peer = Ours(case, k), Naive(case, k, compiled=False)
-        first, _ = timing.timed(ours)  # with the table of all steps
+        if clock.cuda:
+            ours()  # compiles kernels, which is not part of a run
+            ours.start()
+        first, _ = clock.timed(ours)  # with the table of all steps
         check(ours(), (peer(), peer())[1])
         runs = {**full, "naive": peer, "toca": ours}
         if compiled:
             runs["naive, compiled"] = Naive(case, k, compiled=True)
-        seconds = timing.in_turns(runs, repeats=repeats)
-        seconds["toca"] += max(0.0, first - seconds["toca"]) / (STEPS - 1)
+        seconds = timing.in_turns(runs, clock, repeats=repeats)
+        tabulating = max(0.0, first - seconds["toca"]) / (STEPS - 1)
+        seconds["toca"] += tabulating
+        if clock.cuda:
+            seconds |= replayed(case, k, runs, clock, repeats)
+            seconds["toca, graphed"] += tabulating
         rows.append(_row(case, ratio, k, seconds))
     return rows
+
+
+def replayed(
+    case: Case, k: int, runs: timing.Runs, clock: timing.Clock, repeats: int
+) -> dict[str, float]:
+    """Seconds of the runs as CUDA graphs: peers captured here, ours by its own switch."""
+    ours = Ours(case, k, cuda_graph=True)
+    for _ in range(3):  # eager, recorded, replayed
+        ours()
+    done = ours.session.summary()
+    if done.graphs == 0 or done.graph_fallback:
+        raise SystemExit(f"the cached step is not replayed: {done.graph_fallback}")
+    graphs = {name: clock.captured(run) for name, run in runs.items() if name != "toca"}
+    seconds = timing.in_turns(graphs | {"toca": ours}, clock, repeats=repeats)
+    return {f"{name}, graphed": value for name, value in seconds.items()}
 
 
 def _row(case: Case, ratio: float, k: int, seconds: dict[str, float]) -> dict[str, Any]:
@@ -199,6 +228,20 @@ def _row(case: Case, ratio: float, k: int, seconds: dict[str, float]) -> dict[st
             if f"{name}, compiled" in seconds
         },
         "efficiency": speedup / flops,
+        **_graphed(seconds, flops),
+    }
+
+
+def _graphed(seconds: dict[str, float], flops: float) -> dict[str, float]:
+    """The ratios between graphs; nothing where there are none."""
+    ours, full = (seconds.get(f"{name}, graphed") for name in ("toca", "full"))
+    if ours is None or full is None:
+        return {}
+    peers = [name for name in seconds if name.endswith(", graphed") and name != "toca, graphed"]
+    return {
+        "graphed speed-up": full / ours,
+        "graphed efficiency": full / ours / flops,
+        **{f"over {name}": seconds[name] / ours for name in peers},
     }
 
 
@@ -216,6 +259,12 @@ COLUMNS = {
     "speed-up": ".1f",
     "FLOPs ratio": ".1f",
     "efficiency": ".0%",
+    "full, graphed ms": ".3f",
+    "toca, graphed ms": ".3f",
+    "over naive, graphed": ".2f",
+    "over naive, compiled, graphed": ".2f",
+    "graphed speed-up": ".1f",
+    "graphed efficiency": ".0%",
 }
 
 
@@ -230,16 +279,18 @@ def main() -> None:
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.07, 0.15, 0.30])
     parser.add_argument("--depth", type=int, default=4, help="blocks that run in turn")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="also torch.compile the peers")
     parser.add_argument("--json", help="file to write the result to")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    clock = timing.Clock(args.device)
     shapes = list(itertools.product(args.size, args.tokens, args.batch, args.dtype))
     rows: list[dict[str, Any]] = []
     for size, tokens, batch, dtype in tqdm(shapes, desc="shapes"):
-        case = Case(size, tokens, batch, dtype, args.depth)
-        rows += measure(case, args.ratio, args.repeats, args.compile)
-        timing.write(args.json, "block", rows)
+        case = Case(size, tokens, batch, dtype, args.depth, args.device)
+        rows += measure(case, args.ratio, clock, args.repeats, args.compile)
+        timing.write(args.json, "block", rows, args.device)
     print(timing.table(rows, {name: spec for name, spec in COLUMNS.items() if name in rows[0]}))
 
 

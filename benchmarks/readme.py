@@ -1,4 +1,6 @@
-"""Write the tables of README.md from benchmarks/results/*.json; --check only compares.
+"""Write the tables of README.md and docs/speed.md from benchmarks/results/*.json.
+
+--check only compares.
 
     python benchmarks/readme.py
 """
@@ -15,6 +17,7 @@ from timing import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 
 COLUMNS: dict[str, dict[str, str]] = {
     "block": {
@@ -63,20 +66,19 @@ def updated(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         return f"{match[1]}\n{rendered(match[2])}\n{match[3]}"
 
-    return re.sub(
-        r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", replace, text, flags=re.DOTALL
-    )
+    return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", replace, text, flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--check", action="store_true", help="fail if README is out of date")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    old, new = readme.read_text(), updated(readme.read_text())
-    if args.check and old != new:
-        raise SystemExit("README.md: its tables differ from benchmarks/results")
-    readme.write_text(new)
+    for page in PAGES:
+        old = page.read_text()
+        new = updated(old)
+        if args.check and old != new:
+            raise SystemExit(f"{page.name}: its tables differ from benchmarks/results")
+        page.write_text(new)
 
 
 if __name__ == "__main__":

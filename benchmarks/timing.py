@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from toca_kernels.apps import timing
-from toca_kernels.apps.timing import DTYPES, Clock, in_turns, table
+from toca_kernels.apps.shapes import DTYPES
+from toca_kernels.apps.timing import Clock, Runs, in_turns, table
 
-__all__ = ["DTYPES", "Clock", "in_turns", "machine", "table", "write"]
+__all__ = ["DTYPES", "Clock", "Runs", "in_turns", "machine", "table", "write"]
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -131,10 +131,11 @@ def test_nan_stays_where_it_belongs(dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scratch_memory_does_not_leak_in(dtype, isa, with_threads):
-    """Five of the six queries of the only register tile are missing, and the heap held NaN."""
-    k = torch.randn(1, 1, 40, 16).to(dtype)
-    one, six = k[:, :, :1].contiguous(), torch.full((1, 1, 6, 16), torch.nan, dtype=dtype)
+@pytest.mark.parametrize("D", [16, 17])
+def test_scratch_memory_does_not_leak_in(D, dtype, isa, with_threads):
+    """Five of six queries of the register tile are missing, and the scratch memory held NaN."""
+    k = torch.randn(1, 1, 40, D).to(dtype)
+    one, six = k[:, :, :1].contiguous(), torch.full((1, 1, 6, D + D % 2), torch.nan, dtype=dtype)
 
     def run():
         attention_scores(six, six, torch.zeros(1, 1, 6), scale=1.0, backend="native")
@@ -158,6 +159,24 @@ def test_permuting_keys_permutes_the_scores(dtype, isa):
     result = attention_scores(q, k, lse, scale=0.2, backend="native")
     permuted = attention_scores(q, k[:, :, order], lse, scale=0.2, backend="native")
     assert_same_bits(permuted, result[:, order])
+
+
+@pytest.mark.parametrize("stride", [2, 3, 50])
+def test_query_stride_sums_every_nth_query(stride, backend):
+    q, k = torch.randn(2, 3, 50, 24), torch.randn(2, 3, 33, 24)
+    lse = log_sum_exp(q, k, 0.2)
+    some = attention_scores(
+        q[:, :, ::stride], k, lse[:, :, ::stride].contiguous(), scale=0.2, backend=backend
+    )
+    result = attention_scores(q, k, lse, scale=0.2, query_stride=stride, backend=backend)
+    assert_same_bits(result, some * stride)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 5, 2.0, True])
+def test_refuses_a_query_stride(stride):
+    message = f"query_stride: expected .*, got {stride}"
+    with pytest.raises(ValueError, match=message):
+        attention_scores(**tensors(), scale=1.0, query_stride=stride)
 
 
 def test_same_bits_for_any_number_of_threads(isa, with_threads):

@@ -231,6 +231,43 @@ def naive(model, dtype=torch.float32, full=0):
     return sample(model, STEPS, dtype=dtype)
 
 
+def test_a_run_over_other_timesteps_after_one_that_broke_off_is_clean(model):
+    """The timestep goes back, though not to where the run began.
+
+    After the first step alone that cannot be seen: there is no direction yet, and the lower
+    timestep passes for the second step.  `session.reset()` is for that.
+    """
+    trap = Trap()
+    between_steps(model, trap, None)
+    other = [t - 5 for t in timesteps(STEPS)[:-1]] + [0]
+    with toca.enabled(model, CONFIG, num_steps=STEPS) as session:
+        clean = sample(model, STEPS, steps=other)
+        for step in range(STEPS):
+            trap.arm(step)
+            with pytest.raises(KeyboardInterrupt):
+                sample_to_the_trap(model, trap)
+            if step == 1:
+                session.reset()
+            assert torch.equal(sample(model, STEPS, steps=other), clean), step
+
+
+def test_a_first_step_that_broke_off_is_no_beginning(model):
+    """The next call begins a run, at whatever timestep, and looks at the weights again."""
+    trap = Trap()
+    between_blocks(model, trap, None)
+    other = [t - 5 for t in timesteps(STEPS)[:-1]] + [0]
+    with toca.enabled(model, CONFIG, num_steps=STEPS):
+        sample_to_the_trap(model, trap)
+        trap.arm(0)
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_the_trap(model, trap)
+        for parameter in mlp_of(blocks_of(model)[1]).parameters():
+            parameter.data.mul_(1.5)
+        latents = sample(model, STEPS, steps=other)
+    with toca.enabled(model, CONFIG, num_steps=STEPS):
+        assert torch.equal(sample(model, STEPS, steps=other), latents)
+
+
 def test_reset_forgets_the_run(model):
     with toca.enabled(model, CONFIG, num_steps=STEPS) as session:
         session.record_selections = True
@@ -284,6 +321,28 @@ def test_a_pipeline_may_change_its_number_of_steps():
         for steps in (5, 8, 5):
             assert torch.equal(run_pipeline(pipe, steps), expected[steps])
             assert session.summary().steps == steps
+
+
+def test_a_pipeline_run_is_announced_whatever_its_timesteps():
+    """A run broke off after t = 875, the next begins at t = 800: that is no second step."""
+    pipe = tiny_pipeline()
+    stop = KeyboardInterrupt
+
+    def after_the_first_step(module, inputs):
+        if stop is not None and module.called:
+            raise stop
+        module.called = True
+
+    block = pipe.transformer.transformer_blocks[0]
+    block.register_forward_pre_hook(after_the_first_step)
+    with toca.enabled(pipe, CONFIG):
+        block.called = False
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(pipe, 8)
+        stop = None
+        after_a_break = run_pipeline(pipe, 5)
+    with toca.enabled(pipe, CONFIG):
+        assert torch.equal(run_pipeline(pipe, 5), after_a_break)
 
 
 # --- timesteps -----------------------------------------------------------------------------------

@@ -129,8 +129,21 @@ def test_larger_than_a_digit_of_the_radix(threads, isa, with_threads):
 
 def test_low_index_wins_among_equals(backend):
     age = torch.zeros(1, 6, dtype=torch.int32)
-    score = torch.tensor([[0.0, 1.0, -0.0, 0.0, 1.0, -0.0]])
-    assert select_tokens(score, age, 4, backend=backend).index.tolist() == [[0, 1, 2, 4]]
+    score = torch.tensor([[-0.0, 1.0, -0.0, 0.0, 1.0, 0.0]])
+    # -0 + -1 * 0 is still -0, and equal to 0.
+    selection = select_tokens(score, age, 4, age_weight=-1.0, backend=backend)
+    assert selection.index.tolist() == [[0, 1, 2, 4]]
+
+
+def test_bonus_is_exact(backend):
+    """Token 1, without a bonus, is as good as token 2 with it, or one unit worse."""
+    rewarded = torch.tensor(1.0) * (1 + torch.tensor(0.6))
+    below = torch.nextafter(rewarded, torch.tensor(0.0))
+    for value, chosen in ((rewarded, 1), (below, 2)):
+        score = torch.tensor([[10.0, value, 1.0, 0.0]])
+        age = torch.zeros(1, 4, dtype=torch.int32)
+        selection = select_tokens(score, age, 2, grid=(1, 4), cell=2, bonus=0.6, backend=backend)
+        assert selection.index.tolist() == [[0, chosen]]
 
 
 def test_nan_is_counted_and_ranks_with_minus_infinity(backend):

@@ -80,8 +80,8 @@ def assert_error_within(result: Tensor, exact: Exact, relative: float) -> None:
     at = tuple(int(i) for i in worst)
     raise AssertionError(
         f"{int(wrong.sum())} of {wrong.size} elements are out of budget ({result.dtype}); "
-        f"the worst is {at}: got {have[worst]!r}, exact {exact.value[worst]!r}, error {error[worst]:.3g}, "
-        f"budget {budget[worst]:.3g}"
+        f"the worst is {at}: got {have[worst]!r}, exact {exact.value[worst]!r}, "
+        f"error {error[worst]:.3g}, budget {budget[worst]:.3g}"
     )
 
 

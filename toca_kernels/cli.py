@@ -31,8 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.command(args)
         return status
     except (ValueError, OSError) as error:
-        print(f"toca {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(arguments[0], str(error))
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        return _refuse(arguments[0], error.code)
+
+
+def _refuse(command: str, message: str) -> int:
+    print(f"toca {command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> _Parser:
@@ -70,7 +78,8 @@ def _aot(arguments: Sequence[str]) -> int:
         if error.name != "triton":
             raise
         raise ValueError("Triton is missing: pip install 'toca_kernels[triton]'") from None
-    return int(aot.main(arguments) or 0)
+    aot.main(arguments)
+    return 0
 
 
 def _backends(args: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""What the `toca` command runs, one module a subcommand; extras are imported on use."""
