@@ -19,7 +19,7 @@ demo: .venv/demo.stamp
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest --require-backends reference,native
+	$(BIN)/python -m pytest --require-backends reference,native,triton
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check
