@@ -598,6 +598,31 @@ def test_counted_runs_equal_those_of_read_timesteps(model, request):
 
 
 @pytest.mark.usefixtures("counted")
+def test_a_counted_run_over_other_timesteps_than_announced_is_refused_at_its_end(model):
+    y = torch.tensor([3, 7])
+    given = [t + 1 for t in timesteps(STEPS)]
+
+    def predict(model, x, t, _):
+        return call_model(model, x, t, y)
+
+    def stop(step, x):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    # A run that breaks off raises what broke it off, and the model is put back.
+    with pytest.raises(KeyboardInterrupt), toca.enabled(model, CONFIG, timesteps=given):
+        sample(model, STEPS, predict=predict, each_step=stop)
+    assert "forward" not in vars(model)
+    with toca.enabled(model, CONFIG, timesteps=given) as session:
+        with pytest.raises(RuntimeError, match="the run visited others than were announced"):
+            sample(model, STEPS, predict=predict)
+        assert session.summary().steps == STEPS
+        latents = sample(model, STEPS, predict=predict, steps=given)
+    with toca.enabled(model, CONFIG, timesteps=given):
+        assert torch.equal(sample(model, STEPS, predict=predict, steps=given), latents)
+
+
+@pytest.mark.usefixtures("counted")
 def test_a_counted_run_that_broke_off_is_forgotten_by_reset(model):
     labels = Labels()
 

@@ -26,6 +26,7 @@ CASES = [
     pytest.param(0, 5, 2, NONE, id="no-row"),
     pytest.param(2, 0, 0, NONE, id="no-token"),
     pytest.param(1, 9001, 900, {"age_weight": 0.1}, id="three-chunks"),
+    pytest.param(1, 131072, 13107, {"grid": (32, 64, 64), **BONUS}, id="video"),
     pytest.param(1, 9000, 900, {"grid": (90, 100), **BONUS}, id="tiles-across-chunks"),
 ]
 

@@ -58,7 +58,7 @@ def relative_error(reference: Tensor, exact: Exact) -> float:
     """The largest error of a reference, relative to the magnitude of what was added up."""
     usable = np.isfinite(exact.value) & np.isfinite(reference.double().numpy())
     usable &= exact.magnitude > 0
-    error = abs(reference.double().numpy() - exact.value)[usable] / exact.magnitude[usable]
+    error = abs(reference.double().numpy()[usable] - exact.value[usable]) / exact.magnitude[usable]
     return float(error.max(initial=0.0))
 
 

@@ -225,6 +225,11 @@ class Branch:
             done.selections.append(None if all(done.full[-1]) else cache.recomputed())
         if self.position == self.run.num_steps:  # nothing will be read any more
             self.release()
+            if cache.off_track:
+                raise RuntimeError(
+                    "timesteps: the run visited others than were announced, so its modulation was "
+                    "wrong; enable with the timesteps that you sample, or tabulate_modulation=False"
+                )
 
     @property
     def nan_scores(self) -> int:
@@ -235,14 +240,8 @@ class Branch:
         cache = self.cache
         self.cache = None  # type: ignore[assignment]
         self._tables, self._modulation, self._rows = None, None, {}
-        if cache is None:
-            return
-        self.done.nan = int(cache.nan)
-        if cache.off_track:
-            raise RuntimeError(
-                "timesteps: the run visited others than were announced, so its modulation was "
-                "wrong; enable with the timesteps that you sample, or tabulate_modulation=False"
-            )
+        if cache is not None:
+            self.done.nan = int(cache.nan)
 
     def ran(self, timestep: float | None) -> bool:
         """Whether the last step was this one: then a call with other labels is its second half.

@@ -69,6 +69,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
         recorder.launches.append(Launch(kernel, (programs,), given, options))
         return
     device = next(value.device for value in arguments if isinstance(value, Tensor))
+    _refuse_the_cpu(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*arguments, **named)
 
@@ -78,14 +79,18 @@ def arch_of(tensor: Tensor) -> int:
     recorder = _recorder.get()
     if recorder is not None:
         return recorder.arch
-    if tensor.device.type == "cuda":
-        return _capability(tensor.device.index)
+    _refuse_the_cpu(tensor.device)
     if INTERPRETED:
         return _INTERPRETED_ARCH
-    raise RuntimeError(
-        f"backend 'triton' runs on cuda, the tensors are on {tensor.device}; "
-        "set TRITON_INTERPRET=1 before Triton is imported to run it in Triton's interpreter"
-    )
+    return _capability(tensor.device.index)
+
+
+def _refuse_the_cpu(device: torch.device) -> None:
+    if device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(
+            f"backend 'triton' runs on cuda, the tensors are on {device}; "
+            "set TRITON_INTERPRET=1 before Triton is imported to run it in Triton's interpreter"
+        )
 
 
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:

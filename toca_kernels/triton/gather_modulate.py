@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from ._launch import arch_of, launch, row_strides
+from ._launch import launch, row_strides
 
 
 @triton.jit
@@ -83,7 +83,6 @@ def gather_modulate(
     norm: str,
     eps: float,
 ) -> Tensor:
-    arch_of(x)
     B, N, C = x.shape
     k = N if index is None else index.shape[1]
     out = torch.empty((B, k, C), dtype=x.dtype, device=x.device)

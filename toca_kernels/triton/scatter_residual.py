@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from ._launch import arch_of, launch, row_strides
+from ._launch import launch, row_strides
 
 _MAX_UPDATES = 4
 _NO_UPDATE: tuple[Any, ...] = (None,) * 7
@@ -157,7 +157,6 @@ def scatter_residual(
     inverse: Sequence[Tensor | None],
     out: Tensor,
 ) -> None:
-    arch_of(x)
     B, N, C = x.shape
     if x.numel() == 0:
         return

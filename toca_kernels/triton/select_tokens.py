@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from ._launch import arch_of, launch
+from ._launch import launch
 
 DIGITS: tl.constexpr = tl.constexpr(256)
 HALF_WORD: tl.constexpr = tl.constexpr(65536)
@@ -33,7 +33,7 @@ def _order_key(score):
     """A monotone map of float32 to uint32; NaN ranks with -infinity, -0 with +0 (csrc/order.h)."""
     score = tl.where(score == score, score, -float("inf"))
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
@@ -189,7 +189,6 @@ def select_tokens(
     cell: int,
     bonus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arch_of(score)
     R, N = score.shape
     index = torch.empty((sum(k),), dtype=torch.int64, device=score.device)
     inverse = torch.empty((R, N), dtype=torch.int32, device=score.device)
