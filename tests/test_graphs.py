@@ -6,6 +6,7 @@ recorded ones lie.  Whatever the session does in Python is not repeated, so a re
 it would give other numbers than an eager run.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -210,6 +211,15 @@ def test_rounded_k_needs_few_records(model):
         counts.append(len(session._graphs))
         toca.disable(model)
     assert counts[1] < counts[0]
+
+
+def test_an_enabled_model_is_not_copied(model):
+    with (
+        toca.enabled(model, toca.ToCaConfig(), num_steps=4),
+        pytest.raises(ValueError, match="expected a model that is not enabled"),
+    ):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
 
 
 def test_cuda_graph_needs_a_cuda_model(model):

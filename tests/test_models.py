@@ -449,7 +449,7 @@ def test_autocast_is_as_good_as_the_models_own(model, full_steps):
 
 
 class NormedAttention(nn.Module):
-    """q and k with a LayerNorm, which autocast keeps in float32: SDPA itself casts them."""
+    """q, k and v are float32 behind their norm; under autocast SDPA itself casts them."""
 
     def __init__(self, stock):
         super().__init__()
@@ -459,8 +459,17 @@ class NormedAttention(nn.Module):
     def forward(self, x):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = nn.functional.scaled_dot_product_attention(self.norm(q), self.norm(k), v)
+        q, k, v = (self.norm(t.float()) for t in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(B, N, C))
+
+
+def test_autocast_reads_no_weights(model):
+    """The MLP is called as a module, in the precision that autocast chooses for it."""
+    packed, plain = (
+        run(model, CONFIG.replace(prepack=prepack), predict=autocast) for prepack in (True, False)
+    )
+    assert torch.equal(packed, plain)
 
 
 def test_autocast_full_steps_keep_their_bits():

@@ -25,7 +25,8 @@ _ATTRIBUTE = "_toca_session"
 
 @dataclass(frozen=True)
 class Summary:
-    """What the last run did, counted while it ran.
+    """What the last run did, counted while it ran; since the last change of labels, batch or image
+    size, where they changed in the middle of it.
 
     Attributes:
         steps: steps run; full_steps of them in full in every layer, cached_steps in some layer
@@ -119,6 +120,10 @@ class Session:
         self._run.graphs = self._graphs = graphs
         self._own_forward = model.forward
         self._undo: list[Callable[[], None]] = []
+
+    def __deepcopy__(self, memo: object) -> Session:
+        # The replaced forwards of the copy would run the blocks of the original.
+        raise ValueError("deepcopy: expected a model that is not enabled; disable it first")
 
     def _step(self) -> Branch | None:
         return self._run.active
