@@ -170,7 +170,8 @@ def _library_mlp(
     bias2: Tensor | None,
     activation: str,
 ) -> Tensor:
-    if rows.device.type == "cuda" and activation == "gelu_tanh" and bias1 is not None:
+    fused = activation == "gelu_tanh" and bias1 is not None and rows.numel() > 0
+    if fused and rows.device.type == "cuda":
         # cuBLASLt applies its GELU, the tanh form, to the float32 sum before it is rounded.
         hidden = torch.ops.aten._addmm_activation(
             bias1, rows.flatten(0, 1), weight1.t(), use_gelu=True
