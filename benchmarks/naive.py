@@ -25,23 +25,23 @@ class LayerCache:
 
 
 def full_block(block: DiTBlock, x: Tensor, c: Tensor, cache: LayerCache) -> Tensor:
-    """A full step that leaves its outputs behind, and the scores by the map, head by head."""
+    """A full step that leaves its outputs behind; one attention map serves output and scores."""
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c).chunk(6, dim=1)
-    normed = modulate(block.norm1(x), shift_a, scale_a)
-    cache.attn = block.attn(normed)
-    cache.score = _scores(block, normed)
+    cache.attn, cache.score = _attention(block, modulate(block.norm1(x), shift_a, scale_a))
     cache.age = torch.zeros_like(cache.age)
     x = x + gate_a.unsqueeze(1) * cache.attn
     cache.mlp = block.mlp(modulate(block.norm2(x), shift_m, scale_m))
     return x + gate_m.unsqueeze(1) * cache.mlp
 
 
-def _scores(block: DiTBlock, x: Tensor) -> Tensor:
+def _attention(block: DiTBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(output (B, N, C), score (B, N)); q, k and v are projected once."""
     B, N, C = x.shape
     H = block.attn.num_heads
-    qkv = block.attn.qkv(x).view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4)
-    attention = (qkv[0] @ qkv[1].transpose(-1, -2) * (C // H) ** -0.5).softmax(dim=-1)
-    return F.normalize(attention.mean(dim=1, dtype=torch.float32).sum(dim=1), dim=-1)
+    q, k, v = block.attn.qkv(x).view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4).unbind(0)
+    attention = (q @ k.transpose(-1, -2) * (C // H) ** -0.5).softmax(dim=-1)
+    score = F.normalize(attention.mean(dim=1, dtype=torch.float32).sum(dim=1), dim=-1)
+    return block.attn.proj((attention @ v).transpose(1, 2).reshape(B, N, C)), score
 
 
 def select(
