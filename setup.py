@@ -32,6 +32,7 @@ class CMakeBuild(build_ext):
         # Under build isolation these paths die with the build, so none may come from CMake's cache.
         options = {
             "CMAKE_BUILD_TYPE": "Release",
+            "TOCA_CUDA": "AUTO",  # said again in every build: the cache would keep an earlier OFF
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),

@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "toca.h"
@@ -20,11 +22,23 @@ T* as(Pointer address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A CUDA device and the address of a stream on it; none: the tensors are the CPU's.
+using Where = std::optional<std::pair<int, Pointer>>;
+
 template <class Params>
-void call(void (*body)(const Params&), const Params& params, const char* argument) {
+using OnCpu = void (*)(const Params&);
+template <class Params>
+using OnCuda = void (*)(const Params&, const toca::cuda::Stream&);
+
+template <class Params>
+void call(OnCpu<Params> cpu, OnCuda<Params> cuda, const Params& params, const Where& where,
+          const char* argument) {
   try {
     py::gil_scoped_release release;
-    body(params);
+    if (where)
+      cuda(params, {where->first, as<void>(where->second)});
+    else
+      cpu(params);
   } catch (const toca::cpu::OutOfRange& e) {
     throw py::value_error(std::string(argument) + ": expected values in [" + std::to_string(e.low) +
                           ", " + std::to_string(e.stop) + "), got " + std::to_string(e.value));
@@ -45,11 +59,12 @@ void attention_scores(const std::array<Pointer, 5>& ptr, const std::array<int64_
   p.scale = scale;
   p.dtype = toca::DType(dtype);
   p.threads = threads;
-  call(toca::cpu::attention_scores, p, "q, k");
+  py::gil_scoped_release release;
+  toca::cpu::attention_scores(p);
 }
 
-void select_tokens(const std::array<Pointer, 6>& ptr, const std::array<int64_t, 6>& size,
-                   float age_weight, float bonus, int threads) {
+void select_tokens(const std::array<Pointer, 7>& ptr, const std::array<int64_t, 7>& size,
+                   float age_weight, float bonus, int threads, const Where& where) {
   toca::SelectTokens p{};
   p.score = as<const float>(ptr[0]);
   p.age = as<int32_t>(ptr[1]);
@@ -57,17 +72,18 @@ void select_tokens(const std::array<Pointer, 6>& ptr, const std::array<int64_t, 
   p.index = as<int64_t>(ptr[3]);
   p.inverse = as<int32_t>(ptr[4]);
   p.nan = as<int32_t>(ptr[5]);
-  p.R = size[0], p.N = size[1];
-  p.frames = size[2], p.rows = size[3], p.cols = size[4], p.cell = size[5];
+  p.scratch = as<uint32_t>(ptr[6]);
+  p.R = size[0], p.N = size[1], p.k = size[2];
+  p.frames = size[3], p.rows = size[4], p.cols = size[5], p.cell = size[6];
   p.age_weight = age_weight;
   p.bonus = bonus;
   p.threads = threads;
-  call(toca::cpu::select_tokens, p, "score");
+  call(toca::cpu::select_tokens, toca::cuda::select_tokens, p, where, "score");
 }
 
-void gather_modulate(const std::array<Pointer, 9>& ptr, const std::array<int64_t, 4>& size,
+void gather_modulate(const std::array<Pointer, 10>& ptr, const std::array<int64_t, 4>& size,
                      const std::array<int64_t, 6>& stride, float eps, bool rms, int dtype,
-                     int threads) {
+                     int cache_dtype, int threads, const Where& where) {
   toca::GatherModulate p{};
   p.x = as<const void>(ptr[0]);
   p.index = as<const int64_t>(ptr[1]);
@@ -75,36 +91,63 @@ void gather_modulate(const std::array<Pointer, 9>& ptr, const std::array<int64_t
   p.scale = {as<const void>(ptr[3]), stride[2], stride[3]};
   p.gate = {as<const void>(ptr[4]), stride[4], stride[5]};
   p.cache = as<const void>(ptr[5]);
-  p.weight = as<const void>(ptr[6]);
-  p.bias = as<const void>(ptr[7]);
-  p.out = as<void>(ptr[8]);
+  p.cache_scale = as<const float>(ptr[6]);
+  p.weight = as<const void>(ptr[7]);
+  p.bias = as<const void>(ptr[8]);
+  p.out = as<void>(ptr[9]);
   p.B = size[0], p.N = size[1], p.k = size[2], p.C = size[3];
   p.eps = eps;
   p.rms = rms;
   p.dtype = toca::DType(dtype);
+  p.cache_dtype = toca::DType(cache_dtype);
   p.threads = threads;
-  call(toca::cpu::gather_modulate, p, "index");
+  call(toca::cpu::gather_modulate, toca::cuda::gather_modulate, p, where, "index");
 }
 
-// (gate, its stride per sample, per token, cache, fresh, inverse, k)
-using Update = std::tuple<Pointer, int64_t, int64_t, Pointer, Pointer, Pointer, int64_t>;
+// (gate, its stride per sample, per token, cache, its scale, its dtype, fresh, inverse, k)
+using Update =
+    std::tuple<Pointer, int64_t, int64_t, Pointer, Pointer, int, Pointer, Pointer, int64_t>;
 
 void scatter_residual(Pointer x, Pointer out, const std::array<int64_t, 3>& size,
-                      const std::vector<Update>& updates, int dtype, int threads) {
+                      const std::vector<Update>& updates, int dtype, int threads,
+                      const Where& where) {
   if (updates.size() > toca::kMaxUpdates) throw py::value_error("updates: too many");
   toca::ScatterResidual p{};
   p.x = as<const void>(x);
   p.out = as<void>(out);
   p.B = size[0], p.N = size[1], p.C = size[2];
-  for (const auto& [gate, stride_b, stride_n, cache, fresh, inverse, k] : updates)
+  for (const auto& [gate, stride_b, stride_n, cache, scale, cache_dtype, fresh, inverse, k] :
+       updates)
     p.update[p.updates++] = {{as<const void>(gate), stride_b, stride_n},
                              as<void>(cache),
+                             as<float>(scale),
+                             toca::DType(cache_dtype),
                              as<const void>(fresh),
                              as<const int32_t>(inverse),
                              k};
   p.dtype = toca::DType(dtype);
   p.threads = threads;
-  call(toca::cpu::scatter_residual, p, "inverse");
+  call(toca::cpu::scatter_residual, toca::cuda::scatter_residual, p, where, "inverse");
+}
+
+void store_rows(const std::array<Pointer, 3>& ptr, const std::array<int64_t, 2>& size, int dtype,
+                int cache_dtype, int threads, const Where& where) {
+  toca::StoreRows p{};
+  p.rows = as<const void>(ptr[0]);
+  p.values = as<void>(ptr[1]);
+  p.scale = as<float>(ptr[2]);
+  p.R = size[0], p.C = size[1];
+  p.dtype = toca::DType(dtype);
+  p.cache_dtype = toca::DType(cache_dtype);
+  p.threads = threads;
+  call(toca::cpu::store_rows, toca::cuda::store_rows, p, where, "rows");
+}
+
+// How many devices there are, and why they could not be counted ("": they could).
+std::pair<int, std::string> cuda_devices() {
+  const char* error = "";
+  const int count = toca::cuda::device_count(&error);
+  return {count, error};
 }
 
 std::vector<std::string> isas() {
@@ -126,7 +169,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_tokens", &select_tokens);
   m.def("gather_modulate", &gather_modulate);
   m.def("scatter_residual", &scatter_residual);
+  m.def("store_rows", &store_rows);
   m.def("isa", [] { return std::string(toca::cpu::isa()); });
   m.def("isas", &isas);
   m.def("choose_isa", &choose_isa);
+  m.def("select_tokens_scratch", &toca::cuda::select_tokens_scratch);
+  m.def("cuda_toolkit", &toca::cuda::toolkit_version);
+  m.def("cuda_driver", &toca::cuda::driver_version);
+  m.def("cuda_devices", &cuda_devices);
 }

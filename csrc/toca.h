@@ -8,7 +8,8 @@
 
 namespace toca {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// The last two are of 8-bit caches only: e4m3fn, and one float32 scale for each row.
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFloat8 = 4 };
 
 struct AttentionScores {
   const void* q;     // [B, H, Nq, D], strides q_b, q_h, q_n, 1
@@ -26,11 +27,12 @@ struct AttentionScores {
 struct SelectTokens {
   const float* score;      // [R, N]
   int32_t* age;            // [R, N], updated
-  const int64_t* offsets;  // [R + 1]; row r selects offsets[r + 1] - offsets[r] tokens
-  int64_t* index;          // [offsets[R]]
+  const int64_t* offsets;  // [R + 1]; row r selects offsets[r + 1] - offsets[r] tokens; nullptr: k
+  int64_t* index;          // [offsets[R]] or [R, k]
   int32_t* inverse;        // [R, N]
   int32_t* nan;            // [R]
-  int64_t R, N;
+  uint32_t* scratch;       // [cuda::select_tokens_scratch(R, N)] or nullptr; the CPU has its own
+  int64_t R, N, k;
   int64_t frames, rows, cols, cell;  // frames * rows * cols == N
   float age_weight, bonus;
   int threads;
@@ -46,10 +48,12 @@ struct GatherModulate {
   const void* x;         // [B, N, C]
   const int64_t* index;  // [B, k], or nullptr: every token
   RowsView shift, scale, gate;
-  const void* cache;   // [B, N, C] or nullptr
-  const void* weight;  // [C] or nullptr
-  const void* bias;    // [C] or nullptr
-  void* out;           // [B, k, C]
+  const void* cache;         // [B, N, C] or nullptr
+  const float* cache_scale;  // [B, N]: cache row = values * scale; nullptr: the cache has x's dtype
+  DType cache_dtype;         // dtype, kInt8 or kFloat8
+  const void* weight;        // [C] or nullptr
+  const void* bias;          // [C] or nullptr
+  void* out;                 // [B, k, C]
   int64_t B, N, k, C;
   float eps;
   bool rms;
@@ -62,6 +66,8 @@ constexpr int kMaxUpdates = 4;
 struct ResidualUpdate {
   RowsView gate;           // absent: 1
   void* cache;             // [B, N, C], written where inverse >= 0
+  float* cache_scale;      // [B, N], written with the cache; nullptr: the cache has x's dtype
+  DType cache_dtype;       // dtype, kInt8 or kFloat8
   const void* fresh;       // [B, k, C] or nullptr
   const int32_t* inverse;  // [B, N] or nullptr
   int64_t k;
@@ -77,6 +83,17 @@ struct ScatterResidual {
   int threads;
 };
 
+// Rows in 8 bits: values = round(row / scale), scale = max |row| / 127 (int8) or / 448 (float8).
+struct StoreRows {
+  const void* rows;  // [R, C]
+  void* values;      // [R, C]
+  float* scale;      // [R]
+  int64_t R, C;
+  DType dtype;
+  DType cache_dtype;  // kInt8 or kFloat8
+  int threads;
+};
+
 namespace cpu {
 
 // A value of the caller's data is out of range: nothing was written.
@@ -88,10 +105,36 @@ void attention_scores(const AttentionScores& p);
 void select_tokens(const SelectTokens& p);
 void gather_modulate(const GatherModulate& p);    // throws OutOfRange
 void scatter_residual(const ScatterResidual& p);  // throws OutOfRange
+void store_rows(const StoreRows& p);
 
 const char* isa();                  // the instruction set in use, the best of isas() unless chosen
 int isas(const char** names);       // compiled in and supported by this CPU, best first; at most 8
 bool choose_isa(const char* name);  // for tests and benchmarks; false: not among isas()
 
 }  // namespace cpu
+
+namespace cuda {
+
+// A device by its number, and a stream on it.
+struct Stream {
+  int device;
+  void* handle;
+};
+
+// Queue an op; its pointers are the device's.  They neither allocate nor wait, so a call can be
+// captured in a graph, and so no value can be refused: an index or a slot out of range is not
+// followed.  They throw std::runtime_error where CUDA fails, std::invalid_argument for a size.
+void select_tokens(const SelectTokens& p, const Stream& stream);
+void gather_modulate(const GatherModulate& p, const Stream& stream);
+void scatter_residual(const ScatterResidual& p, const Stream& stream);
+void store_rows(const StoreRows& p, const Stream& stream);
+
+int64_t select_tokens_scratch(int64_t R, int64_t N);  // words
+
+// None of these throws, and the first two do not start CUDA.
+int toolkit_version();                 // 13000 for 13.0; 0: built without CUDA, the ops above throw
+int driver_version();                  // the newest CUDA that the driver knows; 0: no driver
+int device_count(const char** error);  // -1: could not be counted, and `error` says why
+
+}  // namespace cuda
 }  // namespace toca

@@ -12,6 +12,7 @@ import atexit
 import dataclasses
 import functools
 import importlib.util
+import io
 import os
 import pickle
 import subprocess
@@ -45,7 +46,7 @@ class Worker:
 
     def call(self, op: str, *arguments: Any, **named: Any) -> Any:
         """toca_kernels.<op>(..., backend="triton"); raises what it raises."""
-        pickle.dump((op, arguments, named), self.process.stdin)
+        self.process.stdin.write(dumps((op, arguments, named)))
         self.process.stdin.flush()
         error, result, after = pickle.load(self.process.stdout)
         if error is not None:
@@ -54,6 +55,21 @@ class Worker:
             if not is_broadcast(before):
                 before.copy_(written)
         return result
+
+
+class _Pickler(pickle.Pickler):
+    """torch 2.13 cannot pickle float8: such a tensor goes as the bytes that it is."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype == torch.float8_e4m3fn:
+            return Tensor.view, (value.view(torch.uint8), value.dtype)
+        return NotImplemented
+
+
+def dumps(value: Any) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream).dump(value)
+    return stream.getvalue()
 
 
 @functools.cache
@@ -66,9 +82,11 @@ def call(op: str, *arguments: Any, **named: Any) -> Any:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples and lists."""
+    """Every tensor in nested tuples, lists and dataclasses (a QuantizedCache)."""
     if isinstance(value, Tensor):
         return [value]
+    if dataclasses.is_dataclass(value):
+        value = list(vars(value).values())
     if isinstance(value, tuple | list):
         return [tensor for item in value for tensor in tensors(item)]
     return []
@@ -142,9 +160,9 @@ def serve() -> None:
         except Exception as raised:
             error = raised
         try:
-            answer = pickle.dumps((error, result, arguments))
+            answer = dumps((error, result, arguments))
         except Exception:
-            answer = pickle.dumps((RuntimeError(repr(error)), None, arguments))
+            answer = dumps((RuntimeError(repr(error)), None, arguments))
         answers.write(answer)
         answers.flush()
 

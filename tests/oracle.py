@@ -230,6 +230,33 @@ def scatter_residual(
     return Exact(value, magnitude, roundings=2 * len(updates)), caches
 
 
+E4M3 = np.array(
+    [m * 2.0**-9 for m in range(8)]
+    + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
+)  # the values >= 0 of float8_e4m3fn, by their code
+
+
+def store_rows(rows: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """(values, scale) of the rows in 8 bits, "int8" or "float8_e4m3fn"."""
+    values, scale = np.zeros(rows.shape), np.zeros(rows.shape[:-1])
+    grid = np.arange(128.0) if dtype == "int8" else E4M3
+    for at_row in np.ndindex(*rows.shape[:-1]):
+        row = rows[at_row]
+        if not np.isfinite(row).all():
+            scale[at_row] = np.nan
+            continue
+        unit = abs(row).max(initial=0.0) / grid[-1]
+        if unit < 2.0**-126:
+            continue
+        scale[at_row] = unit
+        for c, value in enumerate(row):
+            distance = abs(grid - abs(value) / unit)
+            nearest = np.flatnonzero(distance == distance.min())
+            code = min(nearest, key=lambda code: code % 2)  # of two, the even one
+            values[at_row][c] = np.copysign(grid[code], value)
+    return values, scale
+
+
 def at(modulation: np.ndarray, b: int, n: int) -> np.ndarray:
     """The row of token n: of its sample where the modulation is (B, C), its own where (B, N, C)."""
     return modulation[b] if modulation.ndim == 2 else modulation[b, n]

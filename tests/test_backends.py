@@ -12,7 +12,7 @@ import torch
 import toca_kernels as toca
 from toca_kernels import _backends, native
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 
 # One call of every op, on tensors of a device.
 CALLS = {
@@ -79,9 +79,70 @@ def test_an_unknown_name_is_refused(call, name):
 
 @every_op
 def test_a_named_backend_is_not_replaced_on_another_device(call, isa):
-    message = "backend 'native' runs on cpu, the tensors are on meta"
+    message = "backend 'native' runs on cpu(, cuda)?, the tensors are on meta"
     with pytest.raises(RuntimeError, match=message):
         call(META, backend="native")
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """As where all bodies for CUDA can run; nothing is launched."""
+    monkeypatch.setattr(_backends, "_CUDA_MISSING", "")
+    monkeypatch.setitem(_backends._DEVICES, "native", ("cpu", "cuda"))
+    monkeypatch.setitem(_backends._DEVICES, "triton", ("cuda",))
+
+
+def test_the_choice_on_cuda_goes_by_the_op(on_cuda, monkeypatch):
+    for op in (None, "attention_scores", *_backends._ON_CUDA):
+        order = _backends._ON_CUDA.get(op, ("triton",))
+        assert _backends.resolve(None, CUDA, op=op) == order[0]
+    monkeypatch.setitem(_backends._ON_CUDA, "select_tokens", ("native", "triton"))
+    assert _backends.resolve(None, CUDA, op="select_tokens") == "native"
+    assert _backends.resolve(None, CPU, op="select_tokens") == "native"
+
+
+def test_without_triton_cuda_gets_the_native_bodies_that_there_are(on_cuda, monkeypatch):
+    monkeypatch.setitem(_backends._DEVICES, "triton", ())
+    assert _backends.resolve(None, CUDA, op="gather_modulate") == "native"
+    assert _backends.resolve(None, CUDA, op="attention_scores") == "reference"
+    assert _backends.resolve(None, CUDA) == "reference"
+
+
+def test_an_op_without_a_native_body_on_cuda_is_refused_by_name(on_cuda):
+    assert _backends.resolve("native", CUDA, op="gather_modulate") == "native"
+    with pytest.raises(RuntimeError, match="'native' has no body of attention_scores on cuda"):
+        _backends.resolve("native", CUDA, op="attention_scores")
+
+
+def test_a_refusal_says_why_there_is_no_cuda(monkeypatch):
+    monkeypatch.setattr(_backends, "_CUDA_MISSING", "there is no CUDA driver")
+    monkeypatch.setitem(_backends._DEVICES, "native", ("cpu",))
+    message = "runs on cpu, the tensors are on cuda:0; CUDA bodies: there is no CUDA driver"
+    with pytest.raises(RuntimeError, match=message):
+        _backends.resolve("native", CUDA)
+    assert "CUDA bodies: there is no CUDA driver" in toca.backends()["native"].reason
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        ((1, ""), "CUDA bodies: compiled in with CUDA 12.8"),
+        ((0, ""), "compiled in with CUDA 12.8, but no device can be used: there is none"),
+        ((-1, "out of memory"), "but no device can be used: out of memory"),
+    ],
+)
+def test_status_says_what_cuda_says(devices, reason, on_cuda, monkeypatch):
+    class Extension:
+        cuda_toolkit = staticmethod(lambda: 12080)
+        cuda_devices = staticmethod(lambda: devices)
+        isa = staticmethod(lambda: "avx2")
+        isas = staticmethod(lambda: ["avx2"])
+
+    monkeypatch.setattr(_backends, "_C", Extension, raising=False)
+    status = toca.backends()["native"]
+    assert status.reason.endswith(reason)
+    assert ("cuda" in status.devices) == (devices[0] > 0)
+    assert status.available
 
 
 @every_op
@@ -101,7 +162,9 @@ def test_shapes_without_values(call):
 
 @pytest.fixture
 def without_native(monkeypatch):
-    monkeypatch.setattr(_backends, "_NATIVE_MISSING", "the extension is not built (no compiler)")
+    reason = "the extension is not built (no compiler)"
+    monkeypatch.setattr(_backends, "_NATIVE_MISSING", reason)
+    monkeypatch.setattr(_backends, "_CUDA_MISSING", reason)
     monkeypatch.setitem(_backends._DEVICES, "native", ())
 
 

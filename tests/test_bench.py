@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from toca_kernels import native
-from toca_kernels.apps import bench, timing
+from toca_kernels.apps import bench, roofline, timing
 from toca_kernels.apps.bench import disagreement, measure
 from toca_kernels.apps.cases import CASES, Inputs
-from toca_kernels.apps.shapes import Shape
+from toca_kernels.apps.shapes import SHAPES, Shape
 from toca_kernels.apps.timing import Clock, Spread
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -111,7 +111,7 @@ def test_the_stored_map_has_the_same_scores():
 
 
 def test_bytes_and_flops_by_hand():
-    B, N, C, k, e = 2, 16, 32, 5, 4
+    B, N, C, k, L, e = 2, 16, 32, 5, 8, 4
     x, row = B * N * C * e, C * e
     gather = 2 * B * k * row + B * k * row + 3 * B * row + 8 * B * k
     mlp = 2 * B * k * row + (2 * 4 * C * C + 4 * C + C) * e
@@ -125,11 +125,42 @@ def test_bytes_and_flops_by_hand():
         "partial_mlp": gather + mlp + scatter,
         "select_tokens": rows * (N * (4 + 4 + 4 + 4) + 8 * k + 4),
         "attention_scores": 2 * x + 4 * B * 2 * N + 4 * B * N,
+        "scored_attention": 4 * x + 2 * (4 * B * 2 * N) + 4 * B * N,  # q, k, v, out; lse twice
+        "partial_attention": 2 * B * k * row + 2 * B * L * row + 4 * B * 2 * k,
+        "attention_entropy": B * k * row + B * L * row + 4 * B * 2 * k + 4 * B * k + B * L,
     }
     found = {op: CASES[op](Inputs(SHAPE, CPU)) for op in by_hand}
-    assert {op: case.bytes for op, case in found.items()} == by_hand
-    assert found["mlp_rows"].flops == 2 * B * k * (2 * C * 4 * C)
-    assert found["attention_scores"].flops == 2 * B * N * N * C
+    assert {op: case.work.bytes for op, case in found.items()} == by_hand
+    assert set(by_hand) == set(CASES)
+    assert found["mlp_rows"].work.flops == found["partial_mlp"].work.flops
+    assert found["mlp_rows"].work.flops == 2 * B * k * (2 * C * 4 * C)
+    assert found["attention_scores"].work.flops == 2 * B * N * N * C
+    assert found["scored_attention"].work.flops == 2 * (2 * B * N * N * C)
+    assert found["partial_attention"].work.flops == 2 * (2 * B * k * L * C)
+    assert found["attention_entropy"].work.flops == 2 * B * k * L * C
+
+
+def test_bytes_of_a_ragged_selection():
+    ragged = Shape("ragged", B=2, N=16, C=32, H=2, k=2, layers=4, ragged=True)
+    assert ragged.counts == [2, 2, 1, 1, 0, 0, 0, 0]
+    assert roofline.work(ragged)["select_tokens"].bytes == 8 * (16 * 16 + 4) + 8 * (2 * 2 + 2 * 1)
+
+
+def test_the_roofline_is_the_slowest_of_the_rates():
+    (text,) = [line for line in roofline.as_markdown().splitlines() if "mlp_rows | FLUX" in line]
+    assert text.split(" | ")[2:4] == ["156.69", "69.61"]
+    a100 = roofline.DEVICES[0]
+    assert roofline.Work(1, 1).seconds(a100) == a100.kernel
+    assert roofline.Work(a100.bytes, 1).seconds(a100) == 1
+    assert roofline.Work(1, a100.attention, attention=True).seconds(a100) == 1
+    assert roofline.Work(1, 1, a100.exponentials).seconds(a100) == 1
+
+
+def test_the_shapes_of_flux_and_pixart_are_those_of_the_models():
+    found = {shape.name: shape for shape in SHAPES}
+    flux, pixart = found["FLUX 1024"], found["PixArt-alpha 1024"]
+    assert (flux.N, flux.C, flux.H, flux.D, flux.text) == (4096 + 512, 3072, 24, 128, 0)
+    assert (pixart.N, pixart.C, pixart.H, pixart.D, pixart.text) == (4096, 1152, 16, 72, 120)
 
 
 def test_ops_that_a_shape_does_not_have():
@@ -145,7 +176,7 @@ def chosen(*argv: str, device: str = "cpu") -> list[str]:
 
 def test_shapes_by_name():
     assert chosen() == ["DiT-XL/2 256", "DiT-XL/2 256, batch 8"]
-    assert {"DiT-XL/2 256, batch 64", "FLUX 1024"} < set(chosen(device="cuda"))
+    assert {"DiT-XL/2 256, batch 64", "PixArt-alpha 1024", "FLUX 1024"} < set(chosen(device="cuda"))
     assert chosen("--shape", "flux") == ["FLUX 1024"]
     assert chosen("--shape", "DiT-XL/2 256") == ["DiT-XL/2 256"], "a whole name is that shape only"
     assert len(chosen("--shape", "dit", "flux")) > 3
@@ -180,7 +211,7 @@ def wrong_body(monkeypatch, request):
     if native._C is None:
         pytest.skip("the native backend is not built")
 
-    def scatter_residual(x, gates, caches, fresh, inverse, out):
+    def scatter_residual(x, gates, caches, fresh, inverse, out, *_):
         out.copy_(x)
 
     monkeypatch.setattr(native, "scatter_residual", scatter_residual)

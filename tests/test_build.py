@@ -1,6 +1,7 @@
 """What is built, what it links to, and what happens where it is not there."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -44,8 +45,12 @@ def test_build_does_not_require_torch():
 
 
 @pytest.mark.slow
-def test_wheel_builds_under_isolation(tmp_path):
-    """From a copy without build products, in an environment without torch."""
+@pytest.mark.parametrize("cuda", ["AUTO", "OFF"])
+def test_wheel_builds_under_isolation(cuda, tmp_path):
+    """From a copy without build products, in an environment without torch, with and without CUDA.
+
+    The wheel then imports here, and says what is in it.
+    """
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "LICENSE", "README.md"):
@@ -55,13 +60,24 @@ def test_wheel_builds_under_isolation(tmp_path):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
 
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "-w", str(tmp_path)]
-    build = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "CMAKE_ARGS": f"-DTOCA_CUDA={cuda}"}
+    build = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert build.returncode == 0, build.stdout + build.stderr
 
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if re.fullmatch(r"toca_kernels/_C\..*\.so", name)], names
     assert {re.split("[-/]", name)[0] for name in names} == {"toca_kernels"}
+
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    program = "import toca_kernels; print(toca_kernels.backends()['native'].reason)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=installed
+    )
+    assert run.returncode == 0, run.stderr
+    compiled_in = cuda == "AUTO" and shutil.which("nvcc") is not None
+    assert ("CUDA bodies: compiled in" in run.stdout) == compiled_in, run.stdout
 
 
 def test_import_without_the_extension():

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the Triton bodies as compiled code, and steps that nobody waits for.
+"""What only a GPU can show: its bodies as compiled code, and steps that nobody waits for.
 
 `cases` tests repeat the cases of the op tests, `real` ones have the shapes of models; `small` ones
 reach every kernel and are what compute-sanitizer looks at (benchmarks/gpu.sh).  Exact results come
@@ -65,11 +65,18 @@ def back(value: Any) -> Any:
 SELECTION = ("index", "inverse", "nan")
 
 
-def triton(op: str, *arguments: Any, **options: Any) -> tuple[Any, Any]:
-    """(result, arguments afterwards) of an op's Triton body."""
+BACKENDS = tuple(n for n in ("triton", "native") if "cuda" in toca.backends()[n].devices)
+
+
+def run(backend: str, op: str, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """(result, arguments afterwards) of an op's body."""
     arguments = on_gpu(arguments)
-    result = getattr(ops, op)(*arguments, **on_gpu(options), backend="triton")
+    result = getattr(ops, op)(*arguments, **on_gpu(options), backend=backend)
     return back(result), back(arguments)
+
+
+def triton(op: str, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    return run("triton", op, *arguments, **options)
 
 
 def reference(op: str, *arguments: Any, **options: Any) -> Any:
@@ -127,8 +134,9 @@ def check_partial_attention(B, H, k, N, D, layout, masked, dtype):
 
 def check_gather_modulate(B, N, C, k, options, dtype):
     tensors, options, *_, expected, exact = test_gather_modulate.problem(B, N, C, k, options, dtype)
-    result, _ = triton("gather_modulate", *tensors, **options)
-    assert_backend_within_budget(result, expected, exact)
+    for backend in BACKENDS:
+        result, _ = run(backend, "gather_modulate", *tensors, **options)
+        assert_backend_within_budget(result, expected, exact)
 
 
 def check_mlp_rows(B, k, C, hidden, biases, activation, dtype):
@@ -140,21 +148,25 @@ def check_mlp_rows(B, k, C, hidden, biases, activation, dtype):
 
 def check_scatter_residual(B, N, C, k, gates, dtype, **options):
     x, updates, *_, exact, caches = test_scatter_residual.problem(B, N, C, k, gates, dtype)
-    result, (x_after, updates_after) = triton("scatter_residual", x, updates, **options)
     copies = [(gate, cache.clone(), *moved) for gate, cache, *moved in updates]
-    assert_backend_within_budget(result, reference("scatter_residual", x, copies), exact)
-    assert_same_bits(x_after, result if options.get("inplace") else x)
-    for (_, cache, *_), exact_cache in zip(updates_after, caches, strict=True):
-        assert_same_bits(cache, exact_cache)
+    expected = reference("scatter_residual", x, copies)
+    for backend in BACKENDS:
+        result, (x_after, updates_after) = run(backend, "scatter_residual", x, updates, **options)
+        assert_backend_within_budget(result, expected, exact)
+        assert_same_bits(x_after, result if options.get("inplace") else x)
+        for (_, cache, *_), exact_cache in zip(updates_after, caches, strict=True):
+            assert_same_bits(cache, exact_cache)
 
 
 def check_select_tokens(score, k, options):
     age = torch.randint(0, 9, score.shape, dtype=torch.int32)
-    result, (_, age_after, _) = triton("select_tokens", score, age, k, **options)
+    before = age.clone()
     expected = reference("select_tokens", score, age, k, **options)
-    for name in SELECTION:
-        assert_same_bits(getattr(result, name), getattr(expected, name))
-    assert_same_bits(age_after, age)
+    for backend in BACKENDS:
+        result, (_, age_after, _) = run(backend, "select_tokens", score, before, k, **options)
+        for name in SELECTION:
+            assert_same_bits(getattr(result, name), getattr(expected, name))
+        assert_same_bits(age_after, age)
 
 
 @pytest.mark.parametrize(
@@ -331,8 +343,8 @@ def test_real_select_tokens(R, N, k, options):
 # --- the same bits in every run ------------------------------------------------------------------
 
 
-def calls() -> dict[str, Callable[[], Any]]:
-    """Op -> a call at a model's shape; what it writes is what it returns."""
+def calls() -> dict[str, Callable[[str | None], Any]]:
+    """Op -> a call at a model's shape, of a backend; what it writes is what it returns."""
     dtype = torch.bfloat16
     q, key, value = (on_gpu(torch.randn(2, 16, 1024, 72).to(dtype)) for _ in range(3))
     _, lse = ops.partial_attention(q, key, value, scale=0.1, backend="triton")
@@ -345,23 +357,59 @@ def calls() -> dict[str, Callable[[], Any]]:
     fresh = on_gpu(torch.randn(2, 30, 1152).to(dtype))
     few = q[:, :, :30]
     return {
-        "attention_scores": lambda: ops.attention_scores(q, key, lse, scale=0.1),
-        "attention_entropy": lambda: ops.attention_entropy(q, key, lse, scale=0.1),
-        "partial_attention": lambda: ops.partial_attention(few, key, value, scale=0.1),
-        "select_tokens": lambda: ops.select_tokens(score, age.clone(), 30).index,
-        "gather_modulate": lambda: ops.gather_modulate(x, index, shift, scale),
-        "mlp_rows": lambda: ops.mlp_rows(fresh, fc1, fc2),
-        "scatter_residual": lambda: ops.scatter_residual(
-            x, [(gate, cache.clone(), fresh, inverse)]
+        "attention_scores": lambda _: ops.attention_scores(q, key, lse, scale=0.1),
+        "attention_entropy": lambda _: ops.attention_entropy(q, key, lse, scale=0.1),
+        "partial_attention": lambda _: ops.partial_attention(few, key, value, scale=0.1),
+        "select_tokens": lambda backend: (
+            ops.select_tokens(score, age.clone(), 30, backend=backend).index
+        ),
+        "gather_modulate": lambda backend: ops.gather_modulate(
+            x, index, shift, scale, backend=backend
+        ),
+        "mlp_rows": lambda _: ops.mlp_rows(fresh, fc1, fc2),
+        "scatter_residual": lambda backend: ops.scatter_residual(
+            x, [(gate, cache.clone(), fresh, inverse)], backend=backend
         ),
     }
 
 
-def test_the_same_bits_in_every_run():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_in_every_run(backend):
     for op, call in calls().items():
-        first = call()
+        first = call(backend)
         for _ in range(5):
-            torch.testing.assert_close(call(), first, rtol=0, atol=0, msg=op)
+            torch.testing.assert_close(call(backend), first, rtol=0, atol=0, msg=op)
+
+
+NATIVE_ON_CUDA = ("select_tokens", "gather_modulate", "scatter_residual")
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason=toca.backends()["native"].reason)
+def test_native_bodies_in_a_graph():
+    """They neither allocate nor wait: captured once on torch's stream, replayed with new values."""
+    for op in NATIVE_ON_CUDA:
+        call = calls()[op]
+        want = call("native")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            have = call("native")
+        have.zero_()
+        graph.replay()
+        torch.testing.assert_close(have, want, rtol=0, atol=0, msg=op)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason=toca.backends()["native"].reason)
+def test_native_bodies_run_on_the_current_stream():
+    for op in NATIVE_ON_CUDA:
+        call, stream = calls()[op], torch.cuda.Stream()
+        want = call("native")
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            have = call("native")
+            after = have.clone()  # on that stream: complete if the op was on it
+        stream.synchronize()
+        torch.testing.assert_close(after, want, rtol=0, atol=0, msg=op)
 
 
 # --- offsets beyond 2**31 elements ---------------------------------------------------------------
@@ -380,7 +428,8 @@ def take(tokens: Tensor) -> Tensor:
     return torch.stack([tokens[:, place] for place in PLACES], dim=1).cpu()
 
 
-def test_long_gather_modulate():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_gather_modulate(backend):
     need_memory(11)
     B, _, C = LONG
     x, cache = (torch.empty(LONG, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -390,7 +439,7 @@ def test_long_gather_modulate():
     index = torch.tensor([PLACES] * B, device="cuda")
     shift, scale, gate = (torch.randn(B, C).bfloat16() for _ in range(3))
     result = ops.gather_modulate(
-        x, index, shift.cuda(), scale.cuda(), residual=(gate.cuda(), cache), backend="triton"
+        x, index, shift.cuda(), scale.cuda(), residual=(gate.cuda(), cache), backend=backend
     )
     expected = reference("gather_modulate", rows, None, shift, scale, residual=(gate, cached))
     exact = oracle.gather_modulate(
@@ -403,7 +452,8 @@ def test_long_gather_modulate():
     assert_backend_within_budget(result.cpu(), expected, exact)
 
 
-def test_long_scatter_residual():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_scatter_residual(backend):
     need_memory(11)
     B, N, C = LONG
     x, cache = (torch.zeros(LONG, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -412,7 +462,7 @@ def test_long_scatter_residual():
     inverse = torch.full((B, N), -1, dtype=torch.int32)
     inverse[:, PLACES] = torch.arange(len(PLACES), dtype=torch.int32)
     ops.scatter_residual(
-        x, [(None, cache, fresh.cuda(), inverse.cuda())], inplace=True, backend="triton"
+        x, [(None, cache, fresh.cuda(), inverse.cuda())], inplace=True, backend=backend
     )
     assert_same_bits(take(cache), fresh)
     assert_same_bits(take(x), (rows.float() + fresh.float()).bfloat16())
@@ -445,10 +495,24 @@ def test_tensors_of_the_cpu_are_refused():
         ops.gather_modulate(x, None, vector, vector, backend="triton")
 
 
-def test_tensors_of_the_gpu_are_refused_by_bodies_for_the_cpu():
-    x = torch.randn(1, 4, 8, device="cuda")
+def test_native_is_refused_where_it_has_no_body_for_the_gpu():
+    q, lse = torch.randn(1, 1, 4, 64, device="cuda"), torch.zeros(1, 1, 4, device="cuda")
     with pytest.raises(RuntimeError, match="backend 'native'"):
-        ops.scatter_residual(x, [(None, x.clone())], backend="native")
+        ops.attention_scores(q, q, lse, scale=1.0, backend="native")
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason=toca.backends()["native"].reason)
+@pytest.mark.parametrize("wrong", [-1, 4, 2**31 - 1])
+def test_native_bodies_follow_no_index_out_of_range(wrong):
+    x = torch.randn(1, 4, 8, device="cuda")
+    row, index = torch.zeros(1, 8, device="cuda"), torch.tensor([[0, wrong]], device="cuda")
+    rows = ops.gather_modulate(x, index, row, row, backend="native")
+    assert rows[0, 0].isfinite().all()
+    assert rows[0, 1].isnan().all()
+    cache, inverse = x.clone(), torch.tensor([[wrong] * 4], dtype=torch.int32, device="cuda")
+    result = ops.scatter_residual(x, [(None, cache, x[:, :2].clone(), inverse)], backend="native")
+    assert torch.equal(cache, x)
+    assert torch.equal(result, x + x)
 
 
 def test_mixed_devices_are_refused():

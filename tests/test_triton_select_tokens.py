@@ -1,5 +1,7 @@
 """select_tokens in Triton's interpreter: equal to the reference, bit for bit."""
 
+import sys
+
 import pytest
 import torch
 
@@ -91,3 +93,109 @@ def test_ages_over_many_steps():
     age = torch.zeros(2, 50, dtype=torch.int32)
     for _ in range(6):
         compare(torch.randn(2, 50), age, 11, age_weight=0.3)
+
+
+# --- where the rows of a ragged selection begin --------------------------------------------------
+
+
+class Stream:
+    """Of a pretended GPU: keeps what was asked of it."""
+
+    def __init__(self, number):
+        self.cuda_stream, self.asked = number, []
+
+    def record_event(self):
+        self.asked.append("record")
+        return f"event of {self.cuda_stream}"
+
+    def wait_event(self, event):
+        self.asked.append(f"wait for {event}")
+
+
+class PretendedGPU:
+    """Offsets on the host and the streams of a GPU; `copies` says how each copy was made."""
+
+    def __init__(self, monkeypatch):
+        from toca_kernels.triton import select_tokens  # the launcher
+
+        module = sys.modules[select_tokens.__module__]
+        self.offsets, self.copies = module._offsets, []
+        self.device = torch.device("cuda", 0)
+        self.stream, self.capturing, self.pinned = Stream(1), False, False
+        monkeypatch.setattr(module, "_kept", {})
+        monkeypatch.setattr(module, "_host_offsets", lambda k: self)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
+
+    def pin_memory(self):
+        self.pinned = True
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.copies.append(("pinned" if self.pinned else "pageable", non_blocking))
+        self.pinned = False
+        return object()
+
+    def of(self, *k):
+        return self.offsets(k, self.device)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return PretendedGPU(monkeypatch)
+
+
+def test_offsets_are_copied_once_and_nobody_waits(gpu):
+    first = gpu.of(3, 1)
+    assert gpu.of(3, 1) is first
+    assert gpu.of(1, 3) is not first
+    assert gpu.copies == [("pinned", True)] * 2
+    assert gpu.stream.asked == ["record"] * 2
+
+
+def test_another_stream_waits_for_the_copy(gpu):
+    first, gpu.stream = gpu.of(3, 1), Stream(2)
+    assert gpu.of(3, 1) is first
+    assert gpu.stream.asked == ["wait for event of 1"]
+    assert len(gpu.copies) == 1
+
+
+def test_a_graph_reads_offsets_that_are_there(gpu):
+    first = gpu.of(3, 1)
+    gpu.capturing, gpu.stream = True, Stream(2)
+    assert gpu.of(3, 1) is first
+    assert gpu.stream.asked == [], "an event of before the capture cannot be waited for"
+
+
+def test_a_graph_repeats_a_copy_of_new_offsets(gpu):
+    gpu.capturing = True
+    captured = gpu.of(3, 1)
+    assert gpu.copies == [("pageable", True)]
+    gpu.capturing = False
+    assert gpu.of(3, 1) is not captured, "there before the first replay, so nobody else reads it"
+    assert gpu.stream.asked == ["record"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_new_ragged_k_is_captured(warm):
+    k = [5, 1, 7] if warm else [2, 9, 4]
+    score, age = torch.randn(3, 100, device="cuda"), ages(3, 100).cuda()
+    select_tokens(score, age.clone(), 3, backend="triton")  # compiled
+    select_tokens(score, age.clone(), [1, 2, 3], backend="triton")
+    if warm:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            select_tokens(score, age.clone(), k, backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    before = age.clone()
+    with torch.cuda.graph(graph):
+        result = select_tokens(score, age, k, backend="triton")
+    for _ in range(3):
+        expected = select_tokens(score, before, k, backend="reference")
+        graph.replay()
+        assert torch.equal(result.index, expected.index)
+        assert torch.equal(age, before)

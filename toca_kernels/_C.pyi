@@ -11,8 +11,14 @@ def attention_scores(
     threads: int,
 ) -> None: ...
 def select_tokens(
-    ptr: Sequence[int], size: Sequence[int], age_weight: float, bonus: float, threads: int
+    ptr: Sequence[int],
+    size: Sequence[int],
+    age_weight: float,
+    bonus: float,
+    threads: int,
+    where: tuple[int, int] | None,
 ) -> None: ...
+def select_tokens_scratch(R: int, N: int) -> int: ...
 def gather_modulate(
     ptr: Sequence[int],
     size: Sequence[int],
@@ -20,16 +26,30 @@ def gather_modulate(
     eps: float,
     rms: bool,
     dtype: int,
+    cache_dtype: int,
     threads: int,
+    where: tuple[int, int] | None,
 ) -> None: ...
 def scatter_residual(
     x: int,
     out: int,
     size: Sequence[int],
-    updates: Sequence[tuple[int, int, int, int, int, int, int]],
+    updates: Sequence[tuple[int, int, int, int, int, int, int, int, int]],
     dtype: int,
     threads: int,
+    where: tuple[int, int] | None,
+) -> None: ...
+def store_rows(
+    ptr: Sequence[int],
+    size: Sequence[int],
+    dtype: int,
+    cache_dtype: int,
+    threads: int,
+    where: tuple[int, int] | None,
 ) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def choose_isa(name: str) -> None: ...
+def cuda_toolkit() -> int: ...
+def cuda_driver() -> int: ...
+def cuda_devices() -> tuple[int, str]: ...

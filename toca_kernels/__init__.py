@@ -3,24 +3,30 @@
 from ._backends import BackendStatus, backends
 from .config import ToCaConfig
 from .ops import (
+    QuantizedCache,
     Selection,
     attention_entropy,
     attention_scores,
+    attention_with_lse,
     gather_modulate,
     mlp_rows,
     partial_attention,
     partial_mlp,
     scatter_residual,
+    scored_attention,
     select_tokens,
+    store_rows,
 )
 from .plan import Plan
-from .session import Session, Summary, disable, enable, enabled
+from .session import Session, disable, enable, enabled
+from .summary import Summary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
     "Plan",
+    "QuantizedCache",
     "Selection",
     "Session",
     "Summary",
@@ -28,6 +34,7 @@ __all__ = [
     "__version__",
     "attention_entropy",
     "attention_scores",
+    "attention_with_lse",
     "backends",
     "disable",
     "enable",
@@ -37,5 +44,7 @@ __all__ = [
     "partial_attention",
     "partial_mlp",
     "scatter_residual",
+    "scored_attention",
     "select_tokens",
+    "store_rows",
 ]

@@ -55,6 +55,22 @@ attention_scores = _define(
 )
 
 
+def _attention_with_lse_fake(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, H, N, D = q.shape
+    return q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
+
+
+# One body for all backends: dense attention is the library's.
+attention_with_lse = _define(
+    "attention_with_lse(Tensor q, Tensor k, Tensor v, float dropout_p, float scale) "
+    "-> (Tensor, Tensor)",
+    reference.attention_with_lse,
+    _attention_with_lse_fake,
+)
+
+
 def _attention_entropy(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, mask: Tensor | None, backend: str
 ) -> Tensor:
@@ -89,6 +105,25 @@ partial_attention = _define(
     "-> (Tensor, Tensor)",
     _partial_attention,
     _partial_attention_fake,
+)
+
+
+def _scored_attention(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, max_exponent: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _BODIES[backend].scored_attention(q, k, v, lse, scale, max_exponent)
+
+
+def _scored_attention_fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _partial_attention_fake(q)
+    return out, lse, q.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+
+
+scored_attention = _define(
+    "scored_attention(Tensor q, Tensor k, Tensor v, Tensor lse, float scale, float max_exponent, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _scored_attention,
+    _scored_attention_fake,
 )
 
 
@@ -135,9 +170,10 @@ def _gather_modulate(
     norm: str,
     eps: float,
     backend: str,
+    cache_scale: Tensor | None = None,
 ) -> Tensor:
     return _BODIES[backend].gather_modulate(
-        x, index, shift, scale, gate, cache, weight, bias, norm, eps
+        x, index, shift, scale, gate, cache, weight, bias, norm, eps, cache_scale
     )
 
 
@@ -148,7 +184,8 @@ def _gather_modulate_fake(x: Tensor, index: Tensor | None, *_: object) -> Tensor
 
 gather_modulate = _define(
     "gather_modulate(Tensor x, Tensor? index, Tensor shift, Tensor scale, Tensor? gate, "
-    "Tensor? cache, Tensor? weight, Tensor? bias, str norm, float eps, str backend) -> Tensor",
+    "Tensor? cache, Tensor? weight, Tensor? bias, str norm, float eps, str backend, "
+    "Tensor? cache_scale=None) -> Tensor",
     _gather_modulate,
     _gather_modulate_fake,
 )
@@ -178,6 +215,19 @@ mlp_rows = _define(
 )
 
 
+def _split_scales(
+    tensors: Sequence[Tensor], updates: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None] | None]:
+    """The cache and the scale of every update; no scales at all where no cache is in 8 bits.
+
+    A schema cannot mutate a list with gaps, so the scales of the 8-bit caches follow the caches.
+    """
+    if len(tensors) == updates:
+        return tensors, None
+    caches, scales = tensors[:updates], iter(tensors[updates:])
+    return caches, [next(scales) if cache.dtype.itemsize == 1 else None for cache in caches]
+
+
 def _scatter_residual(
     x: Tensor,
     gates: Sequence[Tensor | None],
@@ -187,7 +237,8 @@ def _scatter_residual(
     backend: str,
 ) -> Tensor:
     out = torch.empty_like(x)
-    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, out)
+    caches, scales = _split_scales(caches, len(gates))
+    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, out, scales)
     return out
 
 
@@ -211,7 +262,8 @@ def _scatter_residual_inplace(
     inverse: Sequence[Tensor | None],
     backend: str,
 ) -> None:
-    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, x)
+    caches, scales = _split_scales(caches, len(gates))
+    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, x, scales)
 
 
 def _scatter_residual_inplace_fake(x: Tensor, *_: object) -> None:
@@ -229,3 +281,18 @@ _scatter_residual_inplace_op = _define(
 def scatter_residual_inplace(x: Tensor, *arguments: Any) -> Tensor:
     _scatter_residual_inplace_op(x, *arguments)
     return x
+
+
+def _store_rows(values: Tensor, scale: Tensor, rows: Tensor, backend: str) -> None:
+    _BODIES[backend].store_rows(values, scale, rows)
+
+
+def _store_rows_fake(values: Tensor, *_: object) -> None:
+    return None
+
+
+store_rows = _define(
+    "store_rows(Tensor(a!) values, Tensor(b!) scale, Tensor rows, str backend) -> ()",
+    _store_rows,
+    _store_rows_fake,
+)

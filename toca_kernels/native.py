@@ -1,7 +1,8 @@
 """Native bodies: allocate the result, pass pointers and sizes to the extension, return.
 
 The extension knows nothing of torch.  Everything it is handed was checked in ops.py; what only
-the data can tell (an index out of range) it checks itself, before it writes.
+the data can tell (an index out of range) its CPU bodies check themselves, before they write.  Its
+CUDA bodies follow no such index, and cannot say so: that would be a wait.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ try:
 except ImportError:
     _C = None  # type: ignore[assignment]  # _backends says so; no op resolves to this module then
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -35,7 +42,17 @@ def _row_strides(tensor: Tensor | None) -> tuple[int, int]:
     return tensor.stride(0), (tensor.stride(1) if tensor.ndim == 3 else 0)
 
 
+def _where(tensor: Tensor) -> tuple[int, int] | None:
+    """The device and torch's current stream on it; None: the CPU bodies run."""
+    if tensor.device.type != "cuda":
+        return None
+    device = tensor.get_device()
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
 def attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    if _where(q) is not None:
+        raise RuntimeError("backend 'native' has no body of attention_scores on cuda")
     B, H, Nq, D = q.shape
     N = k.shape[2]
     out = torch.empty((B, N), dtype=torch.float32)
@@ -61,25 +78,35 @@ def select_tokens(
     bonus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     R, N = score.shape
-    offsets = torch.tensor([0, *accumulate(k)], dtype=torch.int64)
-    index = torch.empty((sum(k),), dtype=torch.int64)
-    inverse = torch.empty((R, N), dtype=torch.int32)
-    nan = torch.empty((R,), dtype=torch.int32)
+    device, where = score.device, _where(score)
+    offsets = _offsets(tuple(k), device) if len(set(k)) > 1 else None
+    index = torch.empty((sum(k),), dtype=torch.int64, device=device)
+    inverse = torch.empty((R, N), dtype=torch.int32, device=device)
+    nan = torch.empty((R,), dtype=torch.int32, device=device)
+    words = 0 if where is None else _C.select_tokens_scratch(R, N)
+    scratch = torch.empty((words,), dtype=torch.int32, device=device) if words else None
     _C.select_tokens(
         (
             score.data_ptr(),
             age.data_ptr(),
-            offsets.data_ptr(),
+            _pointer(offsets),
             index.data_ptr(),
             inverse.data_ptr(),
             nan.data_ptr(),
+            _pointer(scratch),
         ),
-        (R, N, *grid, cell),
+        (R, N, k[0] if k else 0, *grid, cell),
         age_weight,
         bonus,
         torch.get_num_threads(),
+        where,
     )
     return index, inverse, nan
+
+
+@functools.lru_cache(maxsize=256)  # on a GPU a copy, which a graph could not hold
+def _offsets(k: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(k)], dtype=torch.int64, device=device)
 
 
 def gather_modulate(
@@ -93,10 +120,11 @@ def gather_modulate(
     bias: Tensor | None,
     norm: str,
     eps: float,
+    cache_scale: Tensor | None = None,
 ) -> Tensor:
     B, N, C = x.shape
     k = N if index is None else index.shape[1]
-    out = torch.empty((B, k, C), dtype=x.dtype)
+    out = torch.empty((B, k, C), dtype=x.dtype, device=x.device)
     _C.gather_modulate(
         (
             x.data_ptr(),
@@ -105,6 +133,7 @@ def gather_modulate(
             scale.data_ptr(),
             _pointer(gate),
             _pointer(cache),
+            _pointer(cache_scale),
             _pointer(weight),
             _pointer(bias),
             out.data_ptr(),
@@ -114,7 +143,9 @@ def gather_modulate(
         eps,
         norm == "rms",
         _DTYPES[x.dtype],
+        _DTYPES[x.dtype if cache is None else cache.dtype],
         torch.get_num_threads(),
+        _where(x),
     )
     return out
 
@@ -130,6 +161,7 @@ def scatter_residual(
     fresh: Sequence[Tensor | None],
     inverse: Sequence[Tensor | None],
     out: Tensor,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> None:
     B, N, C = x.shape
     _C.scatter_residual(
@@ -141,14 +173,30 @@ def scatter_residual(
                 _pointer(gate),
                 *_row_strides(gate),
                 cache.data_ptr(),
+                _pointer(scale),
+                _DTYPES[cache.dtype],
                 _pointer(rows),
                 _pointer(slot),
                 0 if rows is None else rows.shape[1],
             )
-            for gate, cache, rows, slot in zip(gates, caches, fresh, inverse, strict=True)
+            for gate, cache, scale, rows, slot in zip(
+                gates, caches, scales or [None] * len(caches), fresh, inverse, strict=True
+            )
         ],
         _DTYPES[x.dtype],
         torch.get_num_threads(),
+        _where(x),
+    )
+
+
+def store_rows(values: Tensor, scale: Tensor, rows: Tensor) -> None:
+    _C.store_rows(
+        (rows.data_ptr(), values.data_ptr(), scale.data_ptr()),
+        (scale.numel(), rows.shape[2]),
+        _DTYPES[rows.dtype],
+        _DTYPES[values.dtype],
+        torch.get_num_threads(),
+        _where(rows),
     )
 
 

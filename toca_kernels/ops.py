@@ -27,16 +27,51 @@ from torch import Tensor, nn
 
 from . import _checks, _library
 from ._backends import resolve
-from .native import PackedLinear, packed_mlp_rows
+from .native import PackedLinear, packed_mlp_rows, packing_unavailable
+
+__all__ = ["PackedLinear", "packing_unavailable"]  # how blocks lay out a linear's weights
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
 MAX_UPDATES = 4
+MAX_EXPONENT = 4.0  # of a weight in scored_attention
 _NO_NATIVE_BODY = ("reference", "triton")
+# Rows up to which a 16-bit MLP takes as long as for one row, because reading its weights is what
+# takes the time: below 137 on an A100 and 151 on an H200 by the roofline (docs/gpu.md; not measured
+# yet).  On a CPU time grows with the rows from the first one on (docs/speed.md).
+_FREE_ROWS = {"cuda": 128}
 
+_EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """A cache in 8 bits: row[b, n] = values[b, n] * scale[b, n].
+
+    A row is written, and rounded once, as
+
+        scale  = max |row| / m                          m = 127 for int8, 448 for float8_e4m3fn
+        values = round(row / scale)                     to the nearest; ties to even
+
+    so it is read back to within scale / 2 (int8), or 1/16 of each value or scale / 1024 where that
+    is more (float8).  The divisions are products with 1 / m and 1 / scale in float32, rounded, so
+    that every body writes the same bits.  A row whose scale would be below 2**-126, such as one of
+    zeros, gets scale 0 and values 0; one with a NaN or an infinity gets scale NaN and values 0, so
+    all of it reads as NaN.
+
+    Attributes:
+        values: (B, N, C), int8 | float8_e4m3fn, contiguous.
+        scale: (B, N), float32, contiguous.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+Cache: TypeAlias = Tensor | QuantizedCache
 Linear: TypeAlias = nn.Linear | PackedLinear | tuple[Tensor, Tensor | None]
-Residual: TypeAlias = tuple[Tensor | None, Tensor]
-Update: TypeAlias = tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor, Tensor]
+Residual: TypeAlias = tuple[Tensor | None, Cache]
+Update: TypeAlias = tuple[Tensor | None, Cache] | tuple[Tensor | None, Cache, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,11 +142,44 @@ def attention_scores(
     _checks.tensor("k", k, (B, H, "N", D), dtype=q.dtype, device=q.device, layout="rows")
     _checks.tensor("lse", lse, (B, H, Nq), dtype=torch.float32, device=q.device)
     _checks.count("query_stride", query_stride, 1, max(Nq, 1))
-    backend = resolve(backend, q.device)
+    backend = resolve(backend, q.device, op="attention_scores")
     if query_stride == 1:
         return _library.attention_scores(q, k, lse, float(scale), backend)
     q, lse = q[:, :, ::query_stride], lse[:, :, ::query_stride].contiguous()
     return _library.attention_scores(q, k, lse, float(scale), backend) * query_stride
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What scaled_dot_product_attention returns, bit for bit, and its log-sum-exp.
+
+        logit[b, h, i, j] = scale * q[b, h, i] . k[b, h, j]
+        lse[b, h, i]      = ln sum_j exp(logit[b, h, i, j])
+        out[b, h, i]      = sum_j exp(logit[b, h, i, j] - lse[b, h, i]) * v[b, h, j]
+
+    The kernel is the one that torch would choose: a flash kernel has the log-sum-exp at hand; for
+    any other it is computed beside, one head at a time.
+
+    Args:
+        q: (B, H, Nq, D), float32 | bfloat16 | float16.
+        k, v: (B, H, N, D), dtype of q.
+        scale: the softmax scale, usually D ** -0.5.
+        dropout_p: as of scaled_dot_product_attention.
+
+    Returns:
+        out: (B, H, Nq, D), dtype of q.
+        lse: (B, H, Nq), float32, contiguous: what `attention_scores` takes.
+
+    Raises:
+        ValueError: a shape, dtype or device differs; the message gives both.
+    """
+    _checks.tensor("q", q, ("B", "H", "Nq", "D"), dtype=_checks.FLOATS, layout="any")
+    B, H, _, D = q.shape
+    _checks.tensor("k", k, (B, H, "N", D), dtype=q.dtype, device=q.device, layout="any")
+    _checks.tensor("v", v, k.shape, dtype=q.dtype, device=q.device, layout="any")
+    out, lse = _library.attention_with_lse(q, k, v, float(dropout_p), float(scale))
+    return out.transpose(1, 2), lse
 
 
 def attention_entropy(
@@ -199,6 +267,55 @@ def partial_attention(
     return _library.partial_attention(q, k, v, float(scale), mask, backend)
 
 
+def scored_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention whose one pass over q k^T also sums what every key receives.
+
+        out[b, i, head h], new_lse[b, h, i]   as `partial_attention` of q over all keys: exact
+        score[b, j] = sum_i mean_h exp(min(scale * q[b, h, i] . k[b, h, j] - lse[b, h, i], 4))
+
+    A query's log-sum-exp is known when its last key has passed, too late for that pass to weight
+    the keys.  So the score takes the `lse` of an earlier full step (as Chipmunk does, arXiv
+    2506.03275), and only the score does.  With lse equal to new_lse it is `attention_scores`, up to
+    rounding; q k^T is multiplied once instead of twice.
+
+    The exponent is at most 4.  With its own lse a query gives a key at most 1; by a drifted lse it
+    gives at most e ** 4 = 55, so that no query decides a score alone and no sum overflows, while
+    keys keep their order until the drift exceeds 4.  Where a logit exceeds the lse by more than 60
+    (no lse of that query), a backend may give any weight in [0, e ** 4].
+
+    Args:
+        q: (B, H, Nq, D), float32 | bfloat16 | float16, last dimension contiguous.
+        k, v: (B, H, N, D), dtype of q, last dimension contiguous.
+        lse: (B, H, Nq), float32: new_lse of an earlier step, or any that `attention_scores` takes.
+        scale: the softmax scale, usually D ** -0.5.
+        backend: None chooses by device; a name is used or refused.  No native body.
+
+    Returns:
+        out: (B, Nq, H * D), dtype of q.
+        new_lse: (B, H, Nq), float32.
+        score: (B, N), float32.  Summed in a fixed order: the same bits in every run.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs; the message gives both.
+        RuntimeError: the named backend is not available here; the message says why.
+    """
+    _checks.tensor("q", q, ("B", "H", "Nq", "D"), dtype=_checks.FLOATS, layout="rows")
+    B, H, Nq, D = q.shape
+    _checks.tensor("k", k, (B, H, "N", D), dtype=q.dtype, device=q.device, layout="rows")
+    _checks.tensor("v", v, k.shape, dtype=q.dtype, device=q.device, layout="rows")
+    _checks.tensor("lse", lse, (B, H, Nq), dtype=torch.float32, device=q.device)
+    backend = resolve(backend, q.device, _NO_NATIVE_BODY)
+    return _library.scored_attention(q, k, v, lse, float(scale), MAX_EXPONENT, backend)
+
+
 def _key_mask(mask: Tensor | None, k: Tensor) -> None:
     if mask is not None:
         shape = (k.shape[0], k.shape[2])
@@ -268,7 +385,7 @@ def select_tokens(
         (frames, rows, cols),
         cell,
         float(bonus),
-        resolve(backend, score.device),
+        resolve(backend, score.device, op="select_tokens"),
     )
     if not ragged:
         index = index.view(R, k)
@@ -318,7 +435,8 @@ def gather_modulate(
         index: (B, k), int64, in [0, N); None takes every token (k = N).
         shift, scale: (B, C), or (B, N, C) for a modulation of each token; dtype of x, last
             dimension contiguous.
-        residual: (gate, cache): gate as shift, or None for 1; cache (B, N, C), contiguous.
+        residual: (gate, cache): gate as shift, or None for 1; cache (B, N, C), dtype of x,
+            contiguous, or a QuantizedCache.
         norm: "layer" or "rms".
         weight, bias: (C,), dtype of x, the norm's own affine parameters.
         eps: added to the variance.
@@ -332,15 +450,15 @@ def gather_modulate(
         RuntimeError: the named backend is not available here.
     """
     _checks.tensor("x", x, ("B", "N", "C"), dtype=_checks.FLOATS)
-    B, N, C = x.shape
+    B, _, C = x.shape
     if index is not None:
         _checks.tensor("index", index, (B, "k"), dtype=torch.int64, device=x.device)
     _checks.modulation("shift", shift, x)
     _checks.modulation("scale", scale, x)
-    gate, cache = None, None
+    gate, cache, cache_scale = None, None, None
     if residual is not None:
         gate, cache = residual
-        _checks.tensor("residual cache", cache, (B, N, C), dtype=x.dtype, device=x.device)
+        cache, cache_scale = _cache("residual cache", cache, x)
         if gate is not None:
             _checks.modulation("residual gate", gate, x)
     for name, value in (("weight", weight), ("bias", bias)):
@@ -358,8 +476,29 @@ def gather_modulate(
         bias,
         norm,
         float(eps),
-        resolve(backend, x.device),
+        resolve(backend, x.device, op="gather_modulate"),
+        cache_scale,
     )
+
+
+def _cache(name: str, cache: Cache, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(values, scale) of a cache of x; no scale where it is held in the dtype of x."""
+    B, N, C = x.shape
+    if not isinstance(cache, QuantizedCache):
+        _checks.tensor(name, cache, (B, N, C), dtype=x.dtype, device=x.device)
+        return cache, None
+    values, scale = cache.values, cache.scale
+    _checks.tensor(f"{name} values", values, (B, N, C), dtype=_EIGHT_BIT, device=x.device)
+    _checks.tensor(f"{name} scale", scale, (B, N), dtype=torch.float32, device=x.device)
+    return values, scale
+
+
+def free_rows(device: torch.device) -> int:
+    """Rows of an MLP, over all samples, up to which recomputing every one costs no more than some.
+
+    A step that would select among so few tokens recomputes them all: never slower than dense.
+    """
+    return _FREE_ROWS.get(device.type, 0)
 
 
 def mlp_rows(
@@ -397,7 +536,7 @@ def mlp_rows(
     C = rows.shape[2]
     if isinstance(fc1, PackedLinear) and isinstance(fc2, PackedLinear):
         _checks.choice("backend of packed weights", backend or "native", ("native",))
-        resolve("native", rows.device)
+        resolve("native", rows.device, op="mlp_rows of packed weights")
         F = fc1.out_features
         _packed("fc1", fc1, rows, (F, C))
         _packed("fc2", fc2, rows, (C, F))
@@ -405,7 +544,13 @@ def mlp_rows(
     weight1, bias1 = _linear("fc1", fc1, rows, ("F", C))
     weight2, bias2 = _linear("fc2", fc2, rows, (C, weight1.shape[0]))
     return _library.mlp_rows(
-        rows, weight1, bias1, weight2, bias2, activation, resolve(backend, rows.device)
+        rows,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        activation,
+        resolve(backend, rows.device, op="mlp_rows"),
     )
 
 
@@ -439,6 +584,7 @@ def scatter_residual(
         cache_u[b, n] = fresh_u[b, inverse_u[b, n]]     where inverse_u[b, n] >= 0
         out[b, n] = x[b, n] + sum_u gate_u[b] * cache_u[b, n]
 
+    An 8-bit cache rounds the fresh rows that it gets; the sum takes them as they came.
     (ToCa, ICLR 2025, section 3.1: cached features are ungated; the gate of the current timestep
     is applied to every token, selected or not.)
 
@@ -446,7 +592,8 @@ def scatter_residual(
         x: (B, N, C), float32 | bfloat16 | float16, contiguous.
         updates: 1 to 4 of (gate, cache) or (gate, cache, fresh, inverse):
             gate: (B, C), or (B, N, C) for each token, last dimension contiguous; None for 1.
-            cache: (B, N, C), dtype of x, contiguous.  Modified in place where there is a fresh.
+            cache: (B, N, C), dtype of x, contiguous, or a QuantizedCache.  Modified in place where
+                there is a fresh.
             fresh: (B, k, C), dtype of x, contiguous.
             inverse: (B, N), int32, in [-1, k): the row of `fresh` for each token, -1 for none.
         inplace: write the sum into x instead of a new tensor.
@@ -462,16 +609,18 @@ def scatter_residual(
     _checks.tensor("x", x, ("B", "N", "C"), dtype=_checks.FLOATS)
     if not 1 <= len(updates) <= MAX_UPDATES:
         raise ValueError(f"updates: expected 1 to {MAX_UPDATES}, got {len(updates)}")
-    gates, caches, fresh, inverse = zip(
+    gates, caches, scales, fresh, inverse = zip(
         *(_update(f"updates[{u}]", update, x) for u, update in enumerate(updates)), strict=True
     )
+    caches += tuple(scale for scale in scales if scale is not None)
     body = _library.scatter_residual_inplace if inplace else _library.scatter_residual
-    return body(x, gates, caches, fresh, inverse, resolve(backend, x.device))
+    return body(x, gates, caches, fresh, inverse, resolve(backend, x.device, op="scatter_residual"))
 
 
 def _update(
     name: str, update: Update, x: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(gate, cache, its scale, fresh, inverse)"""
     B, N, C = x.shape
     if len(update) not in (2, 4):
         raise ValueError(
@@ -481,20 +630,43 @@ def _update(
     gate, cache = update[:2]
     if gate is not None:
         _checks.modulation(f"{name} gate", gate, x)
-    _checks.tensor(f"{name} cache", cache, (B, N, C), dtype=x.dtype, device=x.device)
+    values, scale = _cache(f"{name} cache", cache, x)
     if len(update) == 2:
-        return gate, cache, None, None
+        return gate, values, scale, None, None
     fresh, inverse = update[2:]
     _checks.tensor(f"{name} fresh", fresh, (B, "k", C), dtype=x.dtype, device=x.device)
     _checks.tensor(f"{name} inverse", inverse, (B, N), dtype=torch.int32, device=x.device)
-    return gate, cache, fresh, inverse
+    return gate, values, scale, fresh, inverse
+
+
+def store_rows(cache: Cache, rows: Tensor, *, backend: str | None = None) -> None:
+    """Write every row of a cache: what a full step does.
+
+        cache[b, n] = rows[b, n]                        (rounded by the rule of QuantizedCache)
+
+    Args:
+        cache: (B, N, C), dtype of rows, contiguous, or a QuantizedCache.  Modified in place.
+        rows: (B, N, C), float32 | bfloat16 | float16, contiguous.
+        backend: None chooses by device; a name is used or refused.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs; the message gives both.
+        RuntimeError: the named backend is not available here.
+    """
+    _checks.tensor("rows", rows, ("B", "N", "C"), dtype=_checks.FLOATS)
+    values, scale = _cache("cache", cache, rows)
+    backend = resolve(backend, rows.device, op="store_rows")
+    if scale is None:
+        values.copy_(rows)
+    else:
+        _library.store_rows(values, scale, rows, backend)
 
 
 def partial_mlp(
     x: Tensor,
     selection: tuple[Tensor, Tensor],
     modulation: tuple[Tensor, Tensor, Tensor],
-    cache: Tensor,
+    cache: Cache,
     fc1: Linear,
     fc2: Linear,
     *,
@@ -517,7 +689,7 @@ def partial_mlp(
         x: (B, N, C), contiguous.
         selection: (index, inverse) of this layer, see `Selection.rows`.
         modulation: (shift, scale, gate) of the MLP, as in `gather_modulate`.
-        cache: (B, N, C), the MLP's cached output.  Modified in place.
+        cache: (B, N, C), or a QuantizedCache: the MLP's cached output.  Modified in place.
         fc1, fc2, activation: as in `mlp_rows`.
         residual: (gate, cache) of the reused attention, added to every token.
         norm, weight, bias, eps: as in `gather_modulate`.

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EIGHT_BIT_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
 
 def attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     B, H, _, _ = q.shape
@@ -53,6 +55,17 @@ def partial_attention(
         shift = lse[:, h, :, None].masked_fill(lse[:, h, :, None] == -torch.inf, 0.0)
         out[:, :, h] = torch.matmul(torch.exp(logits - shift), value).to(q.dtype)
     return out.flatten(2), lse
+
+
+def scored_attention(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, max_exponent: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, _, _ = q.shape
+    score = q.new_zeros((B, k.shape[2]), dtype=torch.float32)
+    for h in range(H):
+        logits = torch.matmul(q[:, h].float(), k[:, h].float().transpose(-1, -2)) * scale
+        score += torch.exp((logits - lse[:, h, :, None]).clamp(max=max_exponent)).sum(dim=1)
+    return *partial_attention(q, k, v, scale, None), score / max(H, 1)
 
 
 def select_tokens(
@@ -113,6 +126,7 @@ def gather_modulate(
     bias: Tensor | None,
     norm: str,
     eps: float,
+    cache_scale: Tensor | None = None,
 ) -> Tensor:
     if index is not None:
         _check_range("index", index, 0, x.shape[1])
@@ -127,7 +141,8 @@ def gather_modulate(
 
     row = rows(x)
     if cache is not None:
-        row = row + (rows(cache) if gate is None else rows(gate) * rows(cache))
+        cached = rows(cache if cache_scale is None else cache.float() * cache_scale[:, :, None])
+        row = row + (cached if gate is None else rows(gate) * cached)
     if norm == "layer":
         row = row - row.mean(dim=-1, keepdim=True)
     row = row * torch.rsqrt(row.square().mean(dim=-1, keepdim=True) + eps)
@@ -162,20 +177,47 @@ def scatter_residual(
     fresh: Sequence[Tensor | None],
     inverse: Sequence[Tensor | None],
     out: Tensor,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> None:
     for rows, slot in zip(fresh, inverse, strict=True):  # all of them before a cache is written
         if rows is not None and slot is not None:
             _check_range("inverse", slot, -1, rows.shape[1])
     total = x.float()
-    for gate, cache, rows, slot in zip(gates, caches, fresh, inverse, strict=True):
+    scales = scales or [None] * len(caches)
+    for gate, cache, scale, rows, slot in zip(gates, caches, scales, fresh, inverse, strict=True):
+        value = cache.float() if scale is None else cache.float() * scale[:, :, None]
         if rows is not None and slot is not None and rows.shape[1] > 0:
-            source = slot.clamp(min=0).long()[:, :, None].expand_as(cache)
-            cache.copy_(torch.where((slot >= 0)[:, :, None], rows.gather(1, source), cache))
-        value = cache.float()
+            selected = (slot >= 0)[:, :, None]
+            moved = rows.gather(1, slot.clamp(min=0).long()[:, :, None].expand_as(cache))
+            if scale is None:
+                cache.copy_(torch.where(selected, moved, cache))
+            else:
+                values, row_scale = quantize(moved, cache.dtype)
+                cache.copy_(torch.where(selected, values, cache))
+                scale.copy_(torch.where(slot >= 0, row_scale, scale))
+            value = torch.where(selected, moved.float(), value)
         if gate is not None:
             value = (gate[:, None] if gate.ndim == 2 else gate).float() * value
         total = total + value
     out.copy_(total)
+
+
+def store_rows(values: Tensor, scale: Tensor, rows: Tensor) -> None:
+    rounded, row_scale = quantize(rows, values.dtype)
+    values.copy_(rounded)
+    scale.copy_(row_scale)
+
+
+def quantize(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(values, scale) of the rows in 8 bits; every operation rounds once, so all bodies agree."""
+    rows = rows.float()
+    largest = rows.abs().amax(dim=-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+    scale = largest * (1.0 / EIGHT_BIT_MAX[dtype])
+    scale = scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 0.0)
+    scale = scale.masked_fill(~largest.isfinite(), torch.nan)
+    values = rows * scale.reciprocal()[..., None]
+    values = values.masked_fill(~(scale > 0.0)[..., None], 0.0)
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
 
 
 def _check_range(name: str, index: Tensor, low: int, stop: int) -> None:
@@ -187,3 +229,33 @@ def _check_range(name: str, index: Tensor, low: int, stop: int) -> None:
         raise ValueError(
             f"{name}: expected values in [{low}, {stop}), got {least.item()} to {most.item()}"
         )
+
+
+# --- dense attention, which is the library's -----------------------------------------------------
+
+_FLASH = 1  # SDPBackend.FLASH_ATTENTION, as _fused_sdp_choice numbers it
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """((B, Nq, H, D), lse): with heads behind queries, as flash kernels lay them out."""
+    choice = torch._fused_sdp_choice(q, k, v, None, dropout_p, False, scale=scale)
+    if choice == _FLASH and q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p, False, scale=scale
+        )
+    elif choice == _FLASH and q.device.type == "cuda" and q.shape[-1] % 8 == 0:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p, False, False, scale=scale
+        )[:2]
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        lse = torch.stack(  # one head at a time: the map of all heads need not fit
+            [
+                torch.logsumexp(q[:, h].float() @ k[:, h].float().mT * scale, dim=-1)
+                for h in range(q.shape[1])
+            ],
+            dim=1,
+        )
+    return out.transpose(1, 2).contiguous(), lse.contiguous()

@@ -148,6 +148,7 @@ void attention_scores(const AttentionScores& p) {
     case DType::kFloat32: run<float>(p); break;
     case DType::kBFloat16: run<bf16>(p); break;
     case DType::kFloat16: run<f16>(p); break;
+    default: break;  // refused in ops.py
   }
   mean_of_heads(p);
 }

@@ -11,6 +11,7 @@ namespace toca::cpu {
   void select_tokens(const SelectTokens& p);       \
   void gather_modulate(const GatherModulate& p);   \
   void scatter_residual(const ScatterResidual& p); \
+  void store_rows(const StoreRows& p);             \
   }
 #define TOCA_BODIES(name, supported) \
   {#name,                            \
@@ -18,7 +19,8 @@ namespace toca::cpu {
    name::attention_scores,           \
    name::select_tokens,              \
    name::gather_modulate,            \
-   name::scatter_residual}
+   name::scatter_residual,           \
+   name::store_rows}
 
 TOCA_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -36,6 +38,7 @@ struct Bodies {
   void (*select_tokens)(const SelectTokens&);
   void (*gather_modulate)(const GatherModulate&);
   void (*scatter_residual)(const ScatterResidual&);
+  void (*store_rows)(const StoreRows&);
 };
 
 bool always() { return true; }
@@ -75,6 +78,7 @@ void attention_scores(const AttentionScores& p) { chosen->attention_scores(p); }
 void select_tokens(const SelectTokens& p) { chosen->select_tokens(p); }
 void gather_modulate(const GatherModulate& p) { chosen->gather_modulate(p); }
 void scatter_residual(const ScatterResidual& p) { chosen->scatter_residual(p); }
+void store_rows(const StoreRows& p) { chosen->store_rows(p); }
 
 const char* isa() { return chosen->name; }
 

@@ -1,10 +1,11 @@
 // gather_modulate: residual + LayerNorm/RMSNorm + modulation of the selected rows.
 //
-// Fused: gather, x + gate * cache, mean and variance, affine, modulation; one read of the k rows,
-// one write.  A row stays in a float32 buffer in L1 between its passes.  Limited by memory for few
-// rows and by the conversions for 16-bit dtypes; rows are independent, so they are the threads'
-// work.
+// Fused: gather, x + gate * cache (which may be held in 8 bits), mean and variance, affine,
+// modulation; one read of the k rows, one write.  A row stays in a float32 buffer in L1 between its
+// passes.  Limited by memory for few rows and by the conversions for 16-bit dtypes; rows are
+// independent, so they are the threads' work.
 #include "../toca.h"
+#include "eight_bit.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -16,26 +17,35 @@ const T* row_of(const RowsView& view, int64_t b, int64_t n) {
   return (const T*)view.data + b * view.stride_b + n * view.stride_n;
 }
 
+// x + gate * cache of a row into the buffer; returns the sum of its channels, lane by lane.
+template <class T>
+Vec residual_row(const GatherModulate& p, int64_t b, int64_t n, float* buffer) {
+  const int64_t C = p.C, row = b * p.N + n;
+  const T* x = (const T*)p.x + row * C;
+  Vec total = splat(0.f);
+  if (!p.cache) {
+    for_row(C, [&](int64_t c, auto load, auto) {
+      const Vec v = load(x);
+      store(buffer + c, v);
+      total += v;
+    });
+    return total;
+  }
+  const T* gate = p.gate.data ? row_of<T>(p.gate, b, n) : nullptr;
+  with_row<T>(p.cache, p.cache_scale, p.cache_dtype, row, C, [&](auto cache) {
+    for_row(C, [&](int64_t c, auto load, auto) {
+      const Vec v = load(x) + (gate ? load(gate) * cache(load) : cache(load));
+      store(buffer + c, v);
+      total += v;
+    });
+  });
+  return total;
+}
+
 template <class T>
 void normalise_row(const GatherModulate& p, int64_t b, int64_t n, float* buffer, T* out) {
-  const int64_t C = p.C, at = (b * p.N + n) * C;
-  const T* x = (const T*)p.x + at;
-  Vec total = splat(0.f);
-  if (p.cache) {
-    const T* cache = (const T*)p.cache + at;
-    const T* gate = p.gate.data ? row_of<T>(p.gate, b, n) : nullptr;
-    for_row(C, [&](int64_t c, auto load, auto) {
-      Vec v = load(x) + (gate ? load(gate) * load(cache) : load(cache));
-      store(buffer + c, v);
-      total += v;
-    });
-  } else {
-    for_row(C, [&](int64_t c, auto load, auto) {
-      Vec v = load(x);
-      store(buffer + c, v);
-      total += v;
-    });
-  }
+  const int64_t C = p.C;
+  const Vec total = residual_row<T>(p, b, n, buffer);
   const float mean = p.rms ? 0.f : sum(total) / float(C);
   for (int64_t c = C; c % kVec; ++c) buffer[c] = mean;  // the lanes past C add no variance
   Vec squares = splat(0.f);
@@ -77,6 +87,7 @@ void gather_modulate(const GatherModulate& p) {
     case DType::kFloat32: return run<float>(p);
     case DType::kBFloat16: return run<bf16>(p);
     case DType::kFloat16: return run<f16>(p);
+    default: return;  // not the dtype of features
   }
 }
 

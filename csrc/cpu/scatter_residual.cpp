@@ -1,46 +1,84 @@
 // scatter_residual: fresh rows into their caches, every gated cache into the residual.
 //
 // Fused: scatter, gates and residual adds of up to four caches, in one pass over the tokens; each
-// fresh row is found through the inverse map, moved to its cache bit by bit, and then still near.
+// fresh row is found through the inverse map, moved to its cache bit by bit (or rounded, where the
+// cache is held in 8 bits), and then still near.
 // Limited by memory: one read of x and of each cache, one write of x, and of the fresh rows.
 #include "../toca.h"
+#include "eight_bit.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace toca::cpu::TOCA_ISA {
 namespace {
 
+// The row of one update that is added to a token: of the cache, or its fresh value.
 template <class T>
 struct Source {
-  const T* gate;  // nullptr: 1
-  const T* value;
+  const T* gate;       // nullptr: 1
+  const void* values;  // of T where there is no scale
+  const float* scale;
+  DType dtype;  // of 8-bit values
+
+  template <class Body>
+  void visit(Body body) const {
+    with_row<T>(values, scale, dtype, 0, 0, body);
+  }
 };
 
-// The row of token n, after its fresh value, if there is one, was moved to the cache.
+// Moves a fresh row into its cache: bit by bit, or rounded to 8 bits.
+template <class T>
+void refresh(const ResidualUpdate& u, int64_t row, const T* fresh, int64_t C) {
+  if (!u.cache_scale)
+    std::memcpy((T*)u.cache + row * C, fresh, C * sizeof(T));
+  else if (u.cache_dtype == DType::kInt8)
+    u.cache_scale[row] = store_row(fresh, (i8*)u.cache + row * C, C);
+  else
+    u.cache_scale[row] = store_row(fresh, (f8*)u.cache + row * C, C);
+}
+
 template <class T>
 Source<T> source_of(const ResidualUpdate& u, int64_t b, int64_t n, int64_t N, int64_t C) {
   const T* gate =
       u.gate.data ? (const T*)u.gate.data + b * u.gate.stride_b + n * u.gate.stride_n : nullptr;
-  T* cache = (T*)u.cache + (b * N + n) * C;
-  const int32_t slot = u.fresh && u.k > 0 ? u.inverse[b * N + n] : -1;
-  if (slot >= 0) std::memcpy(cache, (const T*)u.fresh + (b * u.k + slot) * C, C * sizeof(T));
-  return {gate, cache};
+  const int64_t row = b * N + n;
+  const int32_t slot = u.fresh && u.k > 0 ? u.inverse[row] : -1;
+  if (slot >= 0) {
+    const T* fresh = (const T*)u.fresh + (b * u.k + slot) * C;
+    refresh(u, row, fresh, C);
+    return {gate, fresh, nullptr, DType{}};
+  }
+  if (!u.cache_scale) return {gate, (const T*)u.cache + row * C, nullptr, DType{}};
+  return {gate, (const int8_t*)u.cache + row * C, u.cache_scale + row, u.cache_dtype};
 }
 
-// The most common form gets a loop without branches inside; the other serves everything.
+// The most common forms get loops without branches inside; the last serves everything.
 template <class T>
 void add_row(const Source<T>* s, int count, const T* x, T* out, int64_t C) {
   if (count == 2 && s[0].gate && s[1].gate) {
-    const Source<T> a = s[0], m = s[1];
-    for_row(C, [&](int64_t, auto load, auto put) {
-      put(out, load(x) + load(a.gate) * load(a.value) + load(m.gate) * load(m.value));
+    const T *gate_a = s[0].gate, *gate_m = s[1].gate;
+    s[0].visit([&](auto a) {
+      s[1].visit([&](auto m) {
+        for_row(C, [&](int64_t, auto load, auto put) {
+          put(out, load(x) + load(gate_a) * a(load) + load(gate_m) * m(load));
+        });
+      });
+    });
+    return;
+  }
+  if (count == 1) {
+    const T* gate = s[0].gate;
+    s[0].visit([&](auto row) {
+      for_row(C, [&](int64_t, auto load, auto put) {
+        put(out, load(x) + (gate ? load(gate) * row(load) : row(load)));
+      });
     });
     return;
   }
   for_row(C, [&](int64_t, auto load, auto put) {
     Vec total = load(x);
     for (int u = 0; u < count; ++u)
-      total += s[u].gate ? load(s[u].gate) * load(s[u].value) : load(s[u].value);
+      s[u].visit([&](auto row) { total += s[u].gate ? load(s[u].gate) * row(load) : row(load); });
     put(out, total);
   });
 }
@@ -71,6 +109,7 @@ void scatter_residual(const ScatterResidual& p) {
     case DType::kFloat32: return run<float>(p);
     case DType::kBFloat16: return run<bf16>(p);
     case DType::kFloat16: return run<f16>(p);
+    default: return;  // not the dtype of features
   }
 }
 

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import triton as kernels
+from ..ops import MAX_EXPONENT
 from .shapes import SHAPES, Shape, add_arguments, from_arguments
 
 ARCHS = (80, 90)
@@ -39,6 +40,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.int8: "i8",
 }
 
 Row = dict[str, Any]
@@ -58,18 +60,21 @@ def calls(shape: Shape) -> dict[str, Callable[[], Any]]:
     x, fresh, cache = new(B, N, C), new(B, k, C), new(B, N, C)
     shift, scale, gate = new(B, 6 * C).split(C, dim=1)[:3]
     index, inverse = new(B, k, dtype=torch.int64), new(B, N, dtype=torch.int32)
-    rows = shape.layers * B
-    score, age = new(rows, N, dtype=torch.float32), new(rows, N, dtype=torch.int32)
-    counts = [max(0, k - (r // B if shape.ragged else 0)) for r in range(rows)]
+    score = new(shape.rows, N, dtype=torch.float32)
+    age = new(shape.rows, N, dtype=torch.int32)
     side = int(N**0.5)
     grid = (1, side, side) if shape.cell > 1 else (1, 1, N)
+    eight_bit, row_scale = new(B, N, C, dtype=torch.int8), new(B, N, dtype=torch.float32)
     lse = new(B, H, N, dtype=torch.float32)
     keys = shape.text or N
     mask = new(B, keys, dtype=torch.bool) if shape.text else None
     found: dict[str, Callable[[], Any]] = {
         "attention_scores": lambda: kernels.attention_scores(heads(N), heads(N), lse, 0.1),
+        "scored_attention": lambda: kernels.scored_attention(
+            heads(N), heads(N), heads(N), lse, 0.1, MAX_EXPONENT
+        ),
         "select_tokens": lambda: kernels.select_tokens(
-            score, age, counts, 0.25, grid, shape.cell, 0.5
+            score, age, shape.counts, 0.25, grid, shape.cell, 0.5
         ),
         "gather_modulate": lambda: kernels.gather_modulate(
             x, index, shift, scale, gate, cache, None, None, "layer", 1e-6
@@ -80,6 +85,19 @@ def calls(shape: Shape) -> dict[str, Callable[[], Any]]:
         "scatter_residual": lambda: kernels.scatter_residual(
             x, [gate, gate], [cache, cache], [None, fresh], [None, inverse], new(B, N, C)
         ),
+        "gather_modulate_int8": lambda: kernels.gather_modulate(
+            x, index, shift, scale, gate, eight_bit, None, None, "layer", 1e-6, row_scale
+        ),
+        "scatter_residual_int8": lambda: kernels.scatter_residual(
+            x,
+            [gate, gate],
+            [eight_bit, eight_bit],
+            [None, fresh],
+            [None, inverse],
+            new(B, N, C),
+            [row_scale, row_scale],
+        ),
+        "store_rows": lambda: kernels.store_rows(eight_bit, row_scale, x),
         "partial_attention": lambda: kernels.partial_attention(
             heads(k), heads(keys), heads(keys), 0.1, mask
         ),

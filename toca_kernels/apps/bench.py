@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import NAMES, backends, resolve
+from .._backends import NAMES, backends, native_on_cuda, resolve
 from . import shapes, timing
 from .cases import CASES, Case, Inputs
 from .shapes import DTYPES, SHAPES, Shape
@@ -57,12 +57,15 @@ def disagreement(have: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dt
 def bodies(op: str, device: torch.device) -> list[str]:
     """The backends with a body of the op here, but for the reference where there is another."""
     found = [name for name in NAMES[1:] if device.type in backends()[name].devices]
-    return [name for name in found if _has_body(op, name)] or ["reference"]
+    return [name for name in found if _has_body(op, name, device)] or ["reference"]
 
 
-def _has_body(op: str, backend: str) -> bool:
-    composed = op == "partial_mlp"  # of other ops
-    return composed or hasattr(importlib.import_module(f"..{backend}", __package__), op)
+def _has_body(op: str, backend: str, device: torch.device) -> bool:
+    if op == "partial_mlp":  # composed of other ops
+        return True
+    if backend == "native" and device.type == "cuda":
+        return native_on_cuda(op)
+    return hasattr(importlib.import_module(f"..{backend}", __package__), op)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def measure(
     runs: Runs = {name: case.run(name) for name, wrong in found.items() if not wrong}
     if not runs:
         return [{"backend": name, "failed": wrong} for name, wrong in found.items()]
-    half = max(case.bytes // 2, 1)  # a copy reads each of its bytes and writes it
+    half = max(case.work.bytes // 2, 1)  # a copy reads each of its bytes and writes it
     source, target = (torch.zeros(half, dtype=torch.uint8, device=clock.device) for _ in range(2))
     runs |= {"reference": case.run("reference"), "copy": lambda: target.copy_(source)}
     if compiled:
@@ -152,11 +155,11 @@ def _row(case: Case, name: str, times: Times, peaks: dict[str, int | None]) -> R
         "us p20": 1e6 * call.p20,
         "us p80": 1e6 * call.p80,
         "graph us": 1e6 * graph.median if graph else None,
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "GB/s": 1e-9 * case.bytes / best,
+        "bytes": case.work.bytes,
+        "flops": case.work.flops,
+        "GB/s": 1e-9 * case.work.bytes / best,
         "of a copy": times.ratio("copy", name),
-        "TFLOP/s": 1e-12 * case.flops / best if case.flops else None,
+        "TFLOP/s": 1e-12 * case.work.flops / best if case.work.flops else None,
         "speed-up": times.ratio("reference", name),
         "compiled speed-up": times.ratio("compiled", name),
         "peak bytes": peaks[name],
@@ -319,7 +322,8 @@ def _progress(jobs: Sequence[tuple[Shape, str]]) -> Iterable[tuple[Shape, str]]:
 def _job(
     op: str, shape: Shape, args: argparse.Namespace, clock: Clock, best: dict[str, float]
 ) -> list[Row]:
-    names = [name for name in args.backend or bodies(op, clock.device) if _has_body(op, name)]
+    given = args.backend or bodies(op, clock.device)
+    names = [name for name in given if _has_body(op, name, clock.device)]
     case = CASES[op](Inputs(shape, clock.device)) if names else None
     if case is None:
         return []

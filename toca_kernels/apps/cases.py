@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..blocks.capture import attention_with_lse
 from ..native import PackedLinear, packing_unavailable
+from .roofline import Work, work
 from .shapes import Shape
 from .timing import Runs
 
@@ -26,8 +26,7 @@ class Case:
         call: (backend, tensor that the op writes to) -> result; can be repeated.
         written: the tensor that the op writes to, where it writes to one.
         plain: the same in plain PyTorch without a dispatcher: what torch.compile is given.
-        bytes: read and written.
-        flops: 2 per multiply-add of the matrix products.
+        work: bytes and FLOPs.
         peers: name -> call of a library, or the way of published code.
         adds_to: the peer whose time this op comes on top of.
         memory_of: the peer whose memory is printed beside the op's.
@@ -36,8 +35,7 @@ class Case:
 
     call: Callable[[str, Tensor | None], Any]
     plain: Callable[[], Any]
-    bytes: int
-    flops: int = 0
+    work: Work
     written: Tensor | None = None
     peers: Runs = field(default_factory=dict)
     adds_to: str | None = None
@@ -66,7 +64,6 @@ class Inputs:
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
-        self.itemsize = shape.dtype.itemsize
         self._generator = torch.Generator(device).manual_seed(0)
 
     def new(self, *size: int, scale: float = 1.0) -> Tensor:
@@ -102,10 +99,10 @@ class Inputs:
 
 
 def _attention_scores(inputs: Inputs) -> Case:
-    s, e = inputs.shape, inputs.itemsize
+    s = inputs.shape
     q, k, v = inputs.heads(s.N, 3)
     scale = s.D**-0.5
-    _, lse = attention_with_lse(q, k, v, 0.0, scale)
+    _, lse = ops.attention_with_lse(q, k, v, scale=scale)
 
     def stored_map() -> Tensor:
         attention = (q @ k.transpose(-1, -2) * scale).softmax(dim=-1)
@@ -114,8 +111,7 @@ def _attention_scores(inputs: Inputs) -> Case:
     return Case(
         call=lambda backend, _: ops.attention_scores(q, k, lse, scale=scale, backend=backend),
         plain=lambda: reference.attention_scores(q, k, lse, scale),
-        bytes=2 * s.B * s.N * s.C * e + 4 * s.B * s.N * (s.H + 1),
-        flops=2 * s.B * s.N * s.N * s.C,
+        work=work(s)["attention_scores"],
         peers={
             "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, scale=scale),
             "stored map": stored_map,
@@ -125,8 +121,30 @@ def _attention_scores(inputs: Inputs) -> Case:
     )
 
 
+def _scored_attention(inputs: Inputs) -> Case:
+    """Attention and scores in one pass; the log-sum-exp is that of a run before."""
+    s = inputs.shape
+    q, k, v = inputs.heads(s.N, 3)
+    scale = s.D**-0.5
+    _, lse = ops.attention_with_lse(q, k, v, scale=scale)
+
+    def two_passes() -> Tensor:
+        _, lse = ops.attention_with_lse(q, k, v, scale=scale)
+        return ops.attention_scores(q, k, lse, scale=scale)
+
+    return Case(
+        call=lambda backend, _: ops.scored_attention(q, k, v, lse, scale=scale, backend=backend),
+        plain=lambda: reference.scored_attention(q, k, v, lse, scale, ops.MAX_EXPONENT),
+        work=work(s)["scored_attention"],
+        peers={
+            "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, scale=scale),
+            "two passes": two_passes,
+        },
+    )
+
+
 def _attention_entropy(inputs: Inputs) -> Case | None:
-    s, e = inputs.shape, inputs.itemsize
+    s = inputs.shape
     if s.text == 0:
         return None
     (q,), (k,) = inputs.heads(s.k, 1), inputs.heads(s.text, 1)
@@ -138,22 +156,20 @@ def _attention_entropy(inputs: Inputs) -> Case | None:
             q, k, lse, scale=scale, mask=mask, backend=backend
         ),
         plain=lambda: reference.attention_entropy(q, k, lse, scale, mask),
-        bytes=s.B * (s.k + s.text) * s.C * e + 4 * s.B * s.k * (s.H + 1) + s.B * s.text,
-        flops=2 * s.B * s.k * s.text * s.C,
+        work=work(s)["attention_entropy"],
     )
 
 
 def _partial_attention(inputs: Inputs) -> Case:
     """The selected queries over the text, or over all tokens where there is no text."""
-    s, e = inputs.shape, inputs.itemsize
+    s = inputs.shape
     keys = s.text or s.N
     (q,), (k, v) = inputs.heads(s.k, 1), inputs.heads(keys, 2)
     scale = s.D**-0.5
     return Case(
         call=lambda backend, _: ops.partial_attention(q, k, v, scale=scale, backend=backend),
         plain=lambda: reference.partial_attention(q, k, v, scale, None),
-        bytes=2 * s.B * (s.k + keys) * s.C * e + 4 * s.B * s.H * s.k,
-        flops=4 * s.B * s.k * keys * s.C,
+        work=work(s)["partial_attention"],
         peers={"SDPA": lambda: F.scaled_dot_product_attention(q, k, v, scale=scale)},
     )
 
@@ -161,16 +177,16 @@ def _partial_attention(inputs: Inputs) -> Case:
 def _select_tokens(inputs: Inputs) -> Case:
     """All layers and samples in one call."""
     s = inputs.shape
-    rows, bonus, age_weight = s.layers * s.B, 0.6 if s.cell > 1 else 0.0, 0.1
-    score = inputs.new(rows, s.N).float()
-    ages = torch.arange(s.N, dtype=torch.int32, device=inputs.device).remainder(5).repeat(rows, 1)
-    counts = [max(0, s.k - s.ragged * (row // s.B)) for row in range(rows)]
+    bonus, age_weight = 0.6 if s.cell > 1 else 0.0, 0.1
+    score = inputs.new(s.rows, s.N).float()
+    ages = torch.arange(s.N, dtype=torch.int32, device=inputs.device).remainder(5)
+    ages = ages.repeat(s.rows, 1)
     grid = _grid(s.N)
     return Case(
         call=lambda backend, age: ops.select_tokens(
             score,
             ages if age is None else age,
-            counts if s.ragged else s.k,
+            s.counts if s.ragged else s.k,
             age_weight=age_weight,
             grid=grid,
             cell=s.cell,
@@ -179,9 +195,9 @@ def _select_tokens(inputs: Inputs) -> Case:
         ),
         written=ages,
         plain=lambda: reference.select_tokens(
-            score, ages, counts, age_weight, (1, *grid), s.cell, bonus
+            score, ages, s.counts, age_weight, (1, *grid), s.cell, bonus
         ),
-        bytes=rows * (16 * s.N + 4) + 8 * sum(counts),
+        work=work(s)["select_tokens"],
         peers={"torch.topk": lambda: torch.topk(score, s.k)},
         eager_only=frozenset({"reference", "compiled"}),
     )
@@ -194,7 +210,7 @@ def _grid(tokens: int) -> tuple[int, int]:
 
 
 def _gather_modulate(inputs: Inputs) -> Case:
-    s, e = inputs.shape, inputs.itemsize
+    s = inputs.shape
     x, cache = inputs.tokens(), inputs.tokens()
     index, _ = inputs.selection()
     _, _, gate, shift, scale, _ = inputs.modulation()
@@ -205,16 +221,12 @@ def _gather_modulate(inputs: Inputs) -> Case:
         plain=lambda: reference.gather_modulate(
             x, index, shift, scale, gate, cache, None, None, "layer", 1e-6
         ),
-        bytes=_gather_modulate_bytes(s, e),
+        work=work(s)["gather_modulate"],
     )
 
 
-def _gather_modulate_bytes(s: Shape, itemsize: int) -> int:
-    return 3 * s.B * s.C * (s.k + 1) * itemsize + 8 * s.B * s.k
-
-
 def _mlp_rows(inputs: Inputs) -> Case:
-    s, e = inputs.shape, inputs.itemsize
+    s = inputs.shape
     rows = inputs.new(s.B, s.k, s.C)
     fc1, fc2 = inputs.linears()
     packed = _packed(fc1, fc2)
@@ -226,18 +238,9 @@ def _mlp_rows(inputs: Inputs) -> Case:
             rows, *(packed if backend == "native" else (fc1, fc2)), backend=backend
         ),
         plain=lambda: reference.mlp_rows(rows, *fc1, *fc2, "gelu_tanh"),
-        bytes=_mlp_rows_bytes(s, e),
-        flops=_mlp_rows_flops(s),
+        work=work(s)["mlp_rows"],
         peers=peers,
     )
-
-
-def _mlp_rows_bytes(s: Shape, itemsize: int) -> int:
-    return (2 * s.B * s.k * s.C + 8 * s.C * s.C + 5 * s.C) * itemsize
-
-
-def _mlp_rows_flops(s: Shape) -> int:
-    return 16 * s.B * s.k * s.C * s.C
 
 
 def _packed(
@@ -258,7 +261,7 @@ def _gelu_in_the_gemm(
 
 def _scatter_residual(inputs: Inputs) -> Case:
     """A cached step's: the attention from its cache, the MLP from its cache and k fresh rows."""
-    s, e = inputs.shape, inputs.itemsize
+    s = inputs.shape
     x, attn, mlp = inputs.tokens(), inputs.tokens(), inputs.tokens()
     fresh = inputs.new(s.B, s.k, s.C)
     _, inverse = inputs.selection()
@@ -279,12 +282,8 @@ def _scatter_residual(inputs: Inputs) -> Case:
         call=call,
         written=mlp,
         plain=plain,
-        bytes=_scatter_residual_bytes(s, e),
+        work=work(s)["scatter_residual"],
     )
-
-
-def _scatter_residual_bytes(s: Shape, itemsize: int) -> int:
-    return s.B * s.C * (4 * s.N + s.k + 2) * itemsize + 4 * s.B * s.N
 
 
 def _partial_mlp(inputs: Inputs) -> Case:
@@ -318,18 +317,18 @@ def _partial_mlp(inputs: Inputs) -> Case:
         )
         return out
 
-    parts = (_gather_modulate_bytes, _mlp_rows_bytes, _scatter_residual_bytes)
+    parts = work(s)
     return Case(
         call=call,
         written=mlp,
         plain=plain,
-        bytes=sum(part(s, inputs.itemsize) for part in parts),
-        flops=_mlp_rows_flops(s),
+        work=parts["gather_modulate"] + parts["mlp_rows"] + parts["scatter_residual"],
     )
 
 
 CASES: dict[str, Callable[[Inputs], Case | None]] = {
     "attention_scores": _attention_scores,
+    "scored_attention": _scored_attention,
     "attention_entropy": _attention_entropy,
     "partial_attention": _partial_attention,
     "select_tokens": _select_tokens,

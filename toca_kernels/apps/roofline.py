@@ -1,5 +1,7 @@
 """What each op must read, write and multiply, and how long that takes at assumed rates.
 
+`work` is the only place where bytes and FLOPs are counted; `toca bench` divides them by its times.
+
     python -m toca_kernels.apps.roofline                 a Markdown table of the shapes of shapes.py
 
 A model, not a measurement: an op takes as long as the slowest of its memory traffic (every input
@@ -43,6 +45,10 @@ class Work:
     exponentials: int = 0
     attention: bool = False
 
+    def __add__(self, other: Work) -> Work:
+        """Of both calls, one after the other, with no attention among them."""
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
     def seconds(self, device: Device) -> float:
         rate = device.attention if self.attention else device.products
         return max(
@@ -56,25 +62,33 @@ class Work:
 def work(shape: Shape) -> dict[str, Work]:
     """Op -> what one call of it does in a step of this shape."""
     B, N, C, H, k, e = shape.B, shape.N, shape.C, shape.H, shape.k, shape.dtype.itemsize
-    rows, keys = shape.layers * B, shape.text or N
-    found = {
-        "attention_scores": Work(
-            2 * B * N * C * e + 4 * B * N * (2 * H + 1), 2 * B * N * N * C, B * H * N * N, True
-        ),
-        "select_tokens": Work(rows * (16 * N + 4 + 8 * k)),
+    return {
+        "select_tokens": Work(shape.rows * (16 * N + 4) + 8 * sum(shape.counts)),
         "gather_modulate": Work(3 * B * C * (k + 1) * e + 8 * B * k),
         "mlp_rows": Work((2 * B * k * C + 8 * C * C + 5 * C) * e, 16 * B * k * C * C),
         "scatter_residual": Work(B * C * (4 * N + k + 2) * e + 4 * B * N),
-        "partial_attention": Work(
-            2 * B * (k + keys) * C * e + 4 * B * H * k,
-            4 * B * k * keys * C,
-            B * H * k * keys,
-            True,
+        "attention_scores": Work(
+            2 * B * N * C * e + 4 * B * N * (H + 1), 2 * B * N * N * C, B * H * N * N, True
         ),
+        "scored_attention": Work(
+            4 * B * N * C * e + 4 * B * N * (2 * H + 1), 4 * B * N * N * C, B * H * N * N, True
+        ),
+        **_of_queries(shape),
+    }
+
+
+def _of_queries(shape: Shape) -> dict[str, Work]:
+    """Of the selected queries, over the text or over all tokens where there is none."""
+    B, C, H, k, e = shape.B, shape.C, shape.H, shape.k, shape.dtype.itemsize
+    keys = shape.text or shape.N
+    found = {
+        "partial_attention": Work(
+            2 * B * (k + keys) * C * e + 4 * B * H * k, 4 * B * k * keys * C, B * H * k * keys, True
+        )
     }
     if shape.text:
         found["attention_entropy"] = Work(
-            B * (k + keys) * C * e + 4 * B * k * (H + 1),
+            B * (k + keys) * C * e + 4 * B * k * (H + 1) + B * keys,
             2 * B * k * keys * C,
             B * H * k * keys,
             True,

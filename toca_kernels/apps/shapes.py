@@ -41,6 +41,16 @@ class Shape:
     def D(self) -> int:
         return self.C // self.H
 
+    @property
+    def rows(self) -> int:
+        """Of a selection: layers x samples."""
+        return self.layers * self.B
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that each row of a selection takes; ragged: one less in each further layer."""
+        return [max(0, self.k - self.ragged * (row // self.B)) for row in range(self.rows)]
+
 
 # Tokens that a cached step recomputes: facts of the published settings (config.py).
 SHAPES = (

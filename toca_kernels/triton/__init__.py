@@ -10,7 +10,9 @@ from .gather_modulate import gather_modulate
 from .mlp_rows import mlp_rows
 from .partial_attention import partial_attention
 from .scatter_residual import scatter_residual
+from .scored_attention import scored_attention
 from .select_tokens import select_tokens
+from .store_rows import store_rows
 
 __all__ = [
     "INTERPRETED",
@@ -22,5 +24,7 @@ __all__ = [
     "partial_attention",
     "recording",
     "scatter_residual",
+    "scored_attention",
     "select_tokens",
+    "store_rows",
 ]

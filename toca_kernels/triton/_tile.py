@@ -63,6 +63,30 @@ def load_tile(
 
 
 @triton.jit
-def product(a, b, c):
-    """c + a @ b.T in float32; TF32 would not be the float32 that the contracts promise."""
-    return tl.dot(a, tl.trans(b), c, input_precision="ieee")
+def load_head(
+    ptr,
+    stride,
+    valid,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Rows of a head in its two parts; with BLOCK_REST 0 nobody reads the second."""
+    main = load_tile(ptr, stride, valid, UNIT, D, 0, BLOCK_D)
+    rest = main
+    if BLOCK_REST > 0:
+        rest = load_tile(ptr, stride, valid, UNIT, D, BLOCK_D, BLOCK_REST)
+    return main, rest
+
+
+@triton.jit
+def head_product(a, b, BLOCK_REST: tl.constexpr):
+    """a @ b.T in float32; TF32 would not be the float32 that the contracts promise."""
+    a_main, a_rest = a
+    b_main, b_rest = b
+    zero = tl.zeros([a_main.shape[0], b_main.shape[0]], tl.float32)
+    total = tl.dot(a_main, tl.trans(b_main), zero, input_precision="ieee")
+    if BLOCK_REST > 0:
+        total = tl.dot(a_rest, tl.trans(b_rest), total, input_precision="ieee")
+    return total

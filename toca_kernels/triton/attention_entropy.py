@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import configs
 from ._launch import arch_of, launch
-from ._tile import LOG2E, head_blocks, load_tile, product, strides_in_units
+from ._tile import LOG2E, head_blocks, head_product, load_head, strides_in_units
 
 
 @triton.jit
@@ -62,13 +62,9 @@ def _attention_entropy_kernel(
         lse_head_ptr = lse_ptr + b * H * N
         p = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for _ in range(H):
-            q_main = load_tile(q_head_ptr, stride_qn, valid, UNIT, D, 0, BLOCK_D)
-            k_main = load_tile(k_head_ptr, stride_kn, keys < L, UNIT, D, 0, BLOCK_D)
-            logits = product(q_main, k_main, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
-            if BLOCK_REST > 0:
-                q_rest = load_tile(q_head_ptr, stride_qn, valid, UNIT, D, BLOCK_D, BLOCK_REST)
-                k_rest = load_tile(k_head_ptr, stride_kn, keys < L, UNIT, D, BLOCK_D, BLOCK_REST)
-                logits = product(q_rest, k_rest, logits)
+            q = load_head(q_head_ptr, stride_qn, valid, UNIT, D, BLOCK_D, BLOCK_REST)
+            k = load_head(k_head_ptr, stride_kn, keys < L, UNIT, D, BLOCK_D, BLOCK_REST)
+            logits = head_product(q, k, BLOCK_REST)
             lse = tl.load(lse_head_ptr + queries, mask=valid, other=0.0)
             p += tl.math.exp2(logits * (scale * LOG2E) - (lse * LOG2E)[:, None])
             q_head_ptr += tl.cast(UNIT, tl.int64) * stride_qh

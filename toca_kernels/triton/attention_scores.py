@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import configs
 from ._launch import arch_of, launch
-from ._tile import LOG2E, head_blocks, load_tile, product, strides_in_units
+from ._tile import LOG2E, head_blocks, head_product, load_head, strides_in_units
 
 
 @triton.jit
@@ -53,18 +53,13 @@ def _attention_scores_kernel(
     lse_ptr += bh * Nq
     keys = first + tl.arange(0, BLOCK_K)
 
-    k_main = load_tile(k_ptr, stride_kn, keys < N, UNIT, D, 0, BLOCK_D)
-    if BLOCK_REST > 0:
-        k_rest = load_tile(k_ptr, stride_kn, keys < N, UNIT, D, BLOCK_D, BLOCK_REST)
+    k = load_head(k_ptr, stride_kn, keys < N, UNIT, D, BLOCK_D, BLOCK_REST)
     column = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, Nq, BLOCK_Q):
         queries = start + tl.arange(0, BLOCK_Q)
         valid = queries < Nq
-        q_main = load_tile(q_ptr, stride_qn, valid, UNIT, D, 0, BLOCK_D)
-        logits = product(k_main, q_main, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32))
-        if BLOCK_REST > 0:
-            q_rest = load_tile(q_ptr, stride_qn, valid, UNIT, D, BLOCK_D, BLOCK_REST)
-            logits = product(k_rest, q_rest, logits)
+        q = load_head(q_ptr, stride_qn, valid, UNIT, D, BLOCK_D, BLOCK_REST)
+        logits = head_product(k, q, BLOCK_REST)
         lse = tl.load(lse_ptr + queries, mask=valid, other=0.0)
         p = tl.math.exp2(logits * (scale * LOG2E) - (lse * LOG2E)[None, :])
         column += tl.sum(tl.where(valid[None, :], p, 0.0), 1)

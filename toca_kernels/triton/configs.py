@@ -56,28 +56,39 @@ class AttentionTile(NamedTuple):
     stages: int
 
 
-# (head dimensions up to .., tiles in the order of their stationary rows)
-_Table = tuple[tuple[int, tuple[AttentionTile, ...]], ...]
+# (head dimensions up to .., AttentionTiles in the order of their stationary rows)
+_Table = tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...]
 _ATTENTION_SCORES: _Table = (
-    (128, (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
-    (256, (AttentionTile(64, 32, 4, 2), AttentionTile(64, 64, 4, 2))),
+    (128, ((64, 64, 4, 3), (128, 64, 8, 3))),
+    (256, ((64, 32, 4, 2), (64, 64, 4, 2))),
 )
 _ATTENTION_ENTROPY: _Table = (
-    (96, (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 4, 3))),
-    (128, (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 3))),
-    (256, (AttentionTile(16, 32, 8, 2), AttentionTile(64, 32, 8, 3))),
+    (96, ((16, 64, 4, 3), (64, 64, 4, 3))),
+    (128, ((16, 64, 4, 3), (64, 64, 8, 3))),
+    (256, ((16, 32, 8, 2), (64, 32, 8, 3))),
 )
-_PARTIAL_ATTENTION: _Table = (
-    (80, (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 4, 3), AttentionTile(128, 64, 8, 3))),
-    (96, (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 4, 3), AttentionTile(128, 32, 8, 3))),
-    (128, (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
-    (256, (AttentionTile(16, 32, 4, 2), AttentionTile(64, 32, 8, 2))),
-)
+# By generation.  On sm_80 the logits of 64 keys beside the output take up to 255 registers, the
+# most there are; 32 keys take 128 to 220, for about 15 % more instructions to a logit.  On sm_90 a
+# product of 64 columns is the better instruction, and its operands need no registers.
+_PARTIAL_ATTENTION: dict[int, _Table] = {
+    80: (
+        (80, ((16, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3))),
+        (96, ((16, 64, 4, 3), (64, 32, 4, 2), (128, 32, 8, 3))),
+        (128, ((16, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3))),
+        (256, ((16, 32, 4, 2), (64, 32, 8, 2))),
+    ),
+    90: (
+        (96, ((16, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3))),
+        (128, ((16, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3))),
+        (256, ((16, 32, 4, 2), (64, 32, 8, 2))),
+    ),
+}
+_SCORED_ATTENTION: dict[int, _Table] = {
+    80: ((128, ((64, 32, 4, 3), (128, 32, 8, 3))), (256, ((64, 32, 8, 2),))),
+    90: ((128, ((64, 64, 4, 3), (128, 64, 8, 3))), (256, ((64, 32, 8, 2),))),
+}
 # float32 products run on the ordinary units, from registers: only small tiles do not spill.
-_FLOAT32: _Table = (
-    (96, (AttentionTile(16, 32, 4, 2),)),
-    (256, (AttentionTile(16, 32, 8, 2),)),
-)
+_FLOAT32: _Table = ((96, ((16, 32, 4, 2),)), (256, ((16, 32, 8, 2),)))
 
 
 def attention_scores(arch: int, D: int, itemsize: int, keys: int, heads: int) -> dict[str, int]:
@@ -92,15 +103,21 @@ def attention_entropy(
     return _named(tile, "BLOCK_Q", "BLOCK_K")
 
 
-def partial_attention(D: int, itemsize: int, queries: int) -> dict[str, int]:
+def partial_attention(arch: int, D: int, itemsize: int, queries: int) -> dict[str, int]:
     """Keys are read once a tile of queries, so one tile holds them all if it can."""
-    tiles = _tiles(_PARTIAL_ATTENTION, D, itemsize)
+    tiles = _tiles(_PARTIAL_ATTENTION[_generation(arch)], D, itemsize)
     tile = next((tile for tile in tiles if tile.stationary >= queries), tiles[-1])
     return _named(tile, "BLOCK_Q", "BLOCK_K")
 
 
+def scored_attention(arch: int, D: int, itemsize: int, queries: int, heads: int) -> dict[str, int]:
+    tile = _filling(_tiles(_SCORED_ATTENTION[_generation(arch)], D, itemsize), arch, queries, heads)
+    return _named(tile, "BLOCK_Q", "BLOCK_K")
+
+
 def _tiles(table: _Table, D: int, itemsize: int) -> tuple[AttentionTile, ...]:
-    return next(tiles for most, tiles in (_FLOAT32 if itemsize == 4 else table) if most >= D)
+    tiles = next(tiles for most, tiles in (_FLOAT32 if itemsize == 4 else table) if most >= D)
+    return tuple(AttentionTile(*tile) for tile in tiles)
 
 
 def _filling(

@@ -1,8 +1,9 @@
 """gather_modulate: residual + LayerNorm/RMSNorm + modulation of the selected rows.
 
-Fused: gather, x + gate * cache, mean and variance, affine, modulation; one read of the k rows, one
-write.  One program is one row, held in registers from its load to its store.  Limited by latency
-for the few rows of a cached step, by memory bandwidth for all tokens.
+Fused: gather, x + gate * cache (which may be held in 8 bits), mean and variance, affine,
+modulation; one read of the k rows, one write.  One program is one row, held in registers from its
+load to its store.  Limited by latency for the few rows of a cached step, by memory bandwidth for
+all tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from ._eight_bit import as_bytes, dequantized
 from ._launch import launch, row_strides
 
 
@@ -24,6 +26,7 @@ def _gather_modulate_kernel(
     scale_ptr,
     gate_ptr,
     cache_ptr,
+    cache_scale_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
@@ -52,7 +55,11 @@ def _gather_modulate_kernel(
 
     value = tl.load(x_ptr + at + cols, mask=inside, other=0.0).to(tl.float32)
     if cache_ptr is not None:
-        cache = tl.load(cache_ptr + at + cols, mask=inside, other=0.0).to(tl.float32)
+        cache = tl.load(cache_ptr + at + cols, mask=inside, other=0)
+        if cache_scale_ptr is None:
+            cache = cache.to(tl.float32)
+        else:
+            cache = dequantized(cache, tl.load(cache_scale_ptr + b * N + n))
         if gate_ptr is not None:
             gate = gate_ptr + b * stride_gate_b + n * stride_gate_n
             cache *= tl.load(gate + cols, mask=inside, other=0.0).to(tl.float32)
@@ -82,6 +89,7 @@ def gather_modulate(
     bias: Tensor | None,
     norm: str,
     eps: float,
+    cache_scale: Tensor | None = None,
 ) -> Tensor:
     B, N, C = x.shape
     k = N if index is None else index.shape[1]
@@ -96,7 +104,8 @@ def gather_modulate(
         shift,
         scale,
         gate,
-        cache,
+        None if cache is None else as_bytes(cache),
+        cache_scale,
         weight,
         bias,
         out,

@@ -4,9 +4,6 @@ Fused: q k^T, online softmax and the product with v (flash attention, Dao et al.
 stationary; where the selected ones are too few to fill the GPU, the keys are split as well (flash
 decoding) and a second kernel combines the parts in their order: the same bits in every run.
 Limited by the tensor cores for many queries, by reading k and v once for few.
-
-Probabilities are rounded to the dtype of v for their product with it, as in any flash attention;
-sums are float32.
 """
 
 from __future__ import annotations
@@ -18,16 +15,48 @@ from torch import Tensor
 
 from . import configs
 from ._launch import arch_of, launch
-from ._tile import LN2, LOG2E, head_blocks, load_tile, product, strides_in_units
+from ._softmax import add_values, begin, store_result, store_rows, weigh
+from ._tile import LN2, LOG2E, head_blocks, head_product, load_head, load_tile, strides_in_units
 
 
 @triton.jit
-def _store_rows(ptr, stride, valid, value, D: tl.constexpr, FIRST: tl.constexpr):
-    rows = tl.arange(0, value.shape[0]).to(tl.int64)
-    cols = FIRST + tl.arange(0, value.shape[1])
-    at = ptr + rows[:, None] * stride + cols[None, :]
-    inside = valid[:, None] & (cols < D)[None, :]
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=inside)
+def _attend(
+    q,
+    k_ptr,
+    stride_kn,
+    v_ptr,
+    stride_vn,
+    mask_ptr,
+    first_key,
+    end_key,
+    scale,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(out, largest, total) of a tile of queries over the keys from first_key to end_key.
+
+    k_ptr and v_ptr are at the first of these keys, mask_ptr at the first key of the sample.
+    """
+    out, largest, total = begin(BLOCK_Q, BLOCK_D, BLOCK_REST)
+    for start in range(first_key, end_key, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        present = keys < end_key
+        admitted = present
+        if mask_ptr is not None:
+            admitted = tl.load(mask_ptr + keys, mask=present, other=0) != 0
+        k = load_head(k_ptr, stride_kn, present, UNIT, D, BLOCK_D, BLOCK_REST)
+        logits = head_product(q, k, BLOCK_REST) * (scale * LOG2E)
+        logits = tl.where(admitted[None, :], logits, -float("inf"))
+        weights, shrink, largest, total = weigh(logits, largest, total)
+        v = load_head(v_ptr, stride_vn, admitted, UNIT, D, BLOCK_D, BLOCK_REST)
+        out = add_values(out, shrink, weights, v, BLOCK_REST)
+        k_ptr += tl.cast(BLOCK_K * UNIT, tl.int64) * stride_kn
+        v_ptr += tl.cast(BLOCK_K * UNIT, tl.int64) * stride_vn
+    return out, largest, total
 
 
 @triton.jit
@@ -74,58 +103,24 @@ def _partial_attention_kernel(
     h = sbh % H
     b = (sbh // H) % B
     split = sbh // (B * H)
+    row = split * B + b
     first_key = split * keys_per_split
     end_key = tl.minimum(first_key + keys_per_split, N).to(tl.int32)
-    first_key = first_key.to(tl.int32)
     q_ptr += (b * stride_qb + h * stride_qh + first * stride_qn) * UNIT
-    k_ptr += (b * stride_kb + h * stride_kh + split * keys_per_split * stride_kn) * UNIT
-    v_ptr += (b * stride_vb + h * stride_vh + split * keys_per_split * stride_vn) * UNIT
-    queries = first + tl.arange(0, BLOCK_Q)
-    valid = queries < Nq
-
-    q_main = load_tile(q_ptr, stride_qn, valid, UNIT, D, 0, BLOCK_D)
-    out_main = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    if BLOCK_REST > 0:
-        q_rest = load_tile(q_ptr, stride_qn, valid, UNIT, D, BLOCK_D, BLOCK_REST)
-        out_rest = tl.zeros([BLOCK_Q, BLOCK_REST], tl.float32)
-    largest = tl.full([BLOCK_Q], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(first_key, end_key, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        present = keys < end_key
-        admitted = present
-        if mask_ptr is not None:
-            admitted = tl.load(mask_ptr + b * N + keys, mask=present, other=0) != 0
-        k_main = load_tile(k_ptr, stride_kn, present, UNIT, D, 0, BLOCK_D)
-        logits = product(q_main, k_main, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
-        if BLOCK_REST > 0:
-            k_rest = load_tile(k_ptr, stride_kn, present, UNIT, D, BLOCK_D, BLOCK_REST)
-            logits = product(q_rest, k_rest, logits)
-        logits = tl.where(admitted[None, :], logits * (scale * LOG2E), -float("inf"))
-        peak = tl.maximum(largest, tl.max(logits, 1))
-        # Where no key was admitted yet, -inf - -inf would be NaN.
-        shift = tl.where(peak == -float("inf"), 0.0, peak)
-        shrink = tl.math.exp2(largest - shift)
-        p = tl.math.exp2(logits - shift[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        v_main = load_tile(v_ptr, stride_vn, admitted, UNIT, D, 0, BLOCK_D)
-        p = p.to(v_main.dtype)
-        out_main = tl.dot(p, v_main, out_main * shrink[:, None], input_precision="ieee")
-        if BLOCK_REST > 0:
-            v_rest = load_tile(v_ptr, stride_vn, admitted, UNIT, D, BLOCK_D, BLOCK_REST)
-            out_rest = tl.dot(p, v_rest, out_rest * shrink[:, None], input_precision="ieee")
-        largest = peak
-        k_ptr += tl.cast(BLOCK_K * UNIT, tl.int64) * stride_kn
-        v_ptr += tl.cast(BLOCK_K * UNIT, tl.int64) * stride_vn
-
-    row = split * B + b
+    k_ptr += (b * stride_kb + h * stride_kh + first_key * stride_kn) * UNIT
+    v_ptr += (b * stride_vb + h * stride_vh + first_key * stride_vn) * UNIT
+    if mask_ptr is not None:
+        mask_ptr += b * N
     out_ptr += row * stride_ob + h * stride_oh + first * stride_on
-    norm = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-    _store_rows(out_ptr, stride_on, valid, out_main * norm, D, 0)
-    if BLOCK_REST > 0:
-        _store_rows(out_ptr, stride_on, valid, out_rest * norm, D, BLOCK_D)
-    lse = tl.where(total == 0.0, -float("inf"), (largest + tl.math.log2(total)) * LN2)
-    tl.store(lse_ptr + (row * H + h) * Nq + queries, lse, mask=valid)
+    lse_ptr += (row * H + h) * Nq + first
+
+    valid = first + tl.arange(0, BLOCK_Q) < Nq
+    q = load_head(q_ptr, stride_qn, valid, UNIT, D, BLOCK_D, BLOCK_REST)
+    out, largest, total = _attend(
+        q, k_ptr, stride_kn, v_ptr, stride_vn, mask_ptr, first_key.to(tl.int32), end_key, scale,
+        UNIT, D, BLOCK_Q, BLOCK_D, BLOCK_REST, BLOCK_K,
+    )  # fmt: skip
+    store_result(out_ptr, stride_on, lse_ptr, valid, out, largest, total, D, BLOCK_D, BLOCK_REST)
 
 
 @triton.jit
@@ -172,7 +167,7 @@ def _combine_splits_kernel(
         part_ptr += split_rows * D
     norm = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
     out_ptr += bh // H * stride_ob + bh % H * stride_oh + first * stride_on
-    _store_rows(out_ptr, stride_on, valid, out * norm, D, 0)
+    store_rows(out_ptr, stride_on, valid, out * norm, D, 0)
     lse = tl.where(total == 0.0, -float("inf"), shift + tl.math.log2(total) * LN2)
     tl.store(lse_ptr + row + rows, lse, mask=valid)
 
@@ -188,7 +183,7 @@ def partial_attention(
     lse = torch.empty((B, H, Nq), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or N == 0:
         return out.zero_().flatten(2), lse.fill_(-torch.inf)
-    tile = configs.partial_attention(D, q.element_size(), Nq)
+    tile = configs.partial_attention(arch, D, q.element_size(), Nq)
     programs = triton.cdiv(Nq, tile["BLOCK_Q"]) * B * H
     splits, keys_per_split = configs.key_splits(arch, programs, N, tile["BLOCK_K"])
     part, part_lse = out.transpose(1, 2), lse

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -73,6 +74,40 @@ def _is_best(
 
 
 @triton.jit
+def _write_keys(
+    score_ptr,
+    age_ptr,
+    key_ptr,
+    N,
+    rows,
+    cols,
+    age_weight,
+    bonus,
+    BONUS: tl.constexpr,
+    CELL_ROWS: tl.constexpr,
+    CELL_COLS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The order keys of a row to `key_ptr`; how many of its scores are NaN."""
+    factor = tl.full([], 1.0, tl.float32) + bonus
+    nan = tl.zeros([BLOCK_N], tl.int32)
+    for start in range(0, N, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        inside = tokens < N
+        score = _score(score_ptr, age_ptr, tokens, inside, age_weight)
+        nan += (inside & (score != score)).to(tl.int32)
+        key = _order_key(score)
+        if BONUS:
+            best = _is_best(
+                score_ptr, age_ptr, tokens, inside, age_weight, key, rows, cols,
+                CELL_ROWS, CELL_COLS,
+            )  # fmt: skip
+            key = tl.where(best, _order_key(score * factor), key)
+        tl.store(key_ptr + tokens, key.to(tl.int32, bitcast=True), mask=inside)
+    return tl.sum(nan, 0)
+
+
+@triton.jit
 def _threshold(key_ptr, N, k, BLOCK_N: tl.constexpr):
     """The k-th largest key, and how many of the keys equal to it belong to the k largest."""
     lanes = tl.arange(0, BLOCK_N)
@@ -96,6 +131,35 @@ def _threshold(key_ptr, N, k, BLOCK_N: tl.constexpr):
         need -= tl.sum(tl.where(found, larger, 0), 0)
     threshold = tl.where(k > 0, threshold, 0xFFFFFFFF)  # k = 0: above every key
     return threshold, need
+
+
+@triton.jit
+def _compact(index_ptr, inverse_ptr, age_ptr, N, threshold, ties, BLOCK_N: tl.constexpr):
+    """Index, inverse and ages of a row from its keys, which lie where the inverse goes.
+
+    Selected are the keys above the threshold and the first `ties` of those equal to it.
+    """
+    greater_before = tl.full([], 0, tl.int32)
+    equal_before = tl.full([], 0, tl.int32)
+    for start in range(0, N, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        inside = tokens < N
+        key = tl.load(inverse_ptr + tokens, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        greater = inside & (key > threshold)
+        equal = inside & (key == threshold)
+        # One scan counts both: the greater in the high half of a word, the equal in the low.
+        count = tl.where(greater, HALF_WORD, equal.to(tl.int32))
+        before = tl.cumsum(count, 0) - count
+        equal_rank = equal_before + before % HALF_WORD
+        slot = greater_before + before // HALF_WORD + tl.minimum(equal_rank, ties)
+        chosen = greater | (equal & (equal_rank < ties))
+        tl.store(index_ptr + slot, tokens.to(tl.int64), mask=chosen)
+        tl.store(inverse_ptr + tokens, tl.where(chosen, slot, -1), mask=inside)
+        age = tl.load(age_ptr + tokens, mask=inside, other=0)
+        tl.store(age_ptr + tokens, tl.where(chosen, 0, age + 1), mask=inside)
+        total = tl.sum(count, 0)
+        greater_before += total // HALF_WORD
+        equal_before += total % HALF_WORD
 
 
 @triton.jit
@@ -128,56 +192,53 @@ def _select_tokens_kernel(
         k = (tl.load(offsets_ptr + row + 1) - first).to(tl.int32)
         index_ptr += first
 
-    lanes = tl.arange(0, BLOCK_N)
-    factor = tl.full([], 1.0, tl.float32) + bonus
-    nan = tl.zeros([BLOCK_N], tl.int32)
-    for start in range(0, N, BLOCK_N):
-        tokens = start + lanes
-        inside = tokens < N
-        score = _score(score_ptr, age_ptr, tokens, inside, age_weight)
-        nan += (inside & (score != score)).to(tl.int32)
-        key = _order_key(score)
-        if BONUS:
-            best = _is_best(
-                score_ptr, age_ptr, tokens, inside, age_weight, key, rows, cols,
-                CELL_ROWS, CELL_COLS,
-            )  # fmt: skip
-            key = tl.where(best, _order_key(score * factor), key)
-        tl.store(inverse_ptr + tokens, key.to(tl.int32, bitcast=True), mask=inside)
-    tl.store(nan_ptr + row, tl.sum(nan, 0))
+    nan = _write_keys(
+        score_ptr, age_ptr, inverse_ptr, N, rows, cols, age_weight, bonus,
+        BONUS, CELL_ROWS, CELL_COLS, BLOCK_N,
+    )  # fmt: skip
+    tl.store(nan_ptr + row, nan)
     tl.debug_barrier()  # the keys were written by other threads than those that read them
-
     threshold, ties = _threshold(inverse_ptr, N, k, BLOCK_N)
-    greater_before = tl.full([], 0, tl.int32)
-    equal_before = tl.full([], 0, tl.int32)
-    for start in range(0, N, BLOCK_N):
-        tokens = start + lanes
-        inside = tokens < N
-        key = tl.load(inverse_ptr + tokens, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        greater = inside & (key > threshold)
-        equal = inside & (key == threshold)
-        # One scan counts both: the greater in the high half of a word, the equal in the low.
-        count = tl.where(greater, HALF_WORD, equal.to(tl.int32))
-        before = tl.cumsum(count, 0) - count
-        equal_rank = equal_before + before % HALF_WORD
-        slot = greater_before + before // HALF_WORD + tl.minimum(equal_rank, ties)
-        chosen = greater | (equal & (equal_rank < ties))
-        tl.store(index_ptr + slot, tokens.to(tl.int64), mask=chosen)
-        tl.store(inverse_ptr + tokens, tl.where(chosen, slot, -1), mask=inside)
-        age = tl.load(age_ptr + tokens, mask=inside, other=0)
-        tl.store(age_ptr + tokens, tl.where(chosen, 0, age + 1), mask=inside)
-        total = tl.sum(count, 0)
-        greater_before += total // HALF_WORD
-        equal_before += total % HALF_WORD
+    _compact(index_ptr, inverse_ptr, age_ptr, N, threshold, ties, BLOCK_N)
 
 
-@functools.lru_cache(maxsize=1024)
+class _Kept(NamedTuple):
+    """Offsets on a GPU: the stream that copied them there, and the event behind the copy."""
+
+    offsets: Tensor
+    stream: int
+    copied: torch.cuda.Event
+
+
+_kept: dict[tuple[tuple[int, ...], torch.device], _Kept] = {}
+
+
+@functools.cache
+def _host_offsets(k: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(k)], dtype=torch.int64)
+
+
 def _offsets(k: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each row's part of the index begins.
 
-    Kept, because a copy from the host can be neither hidden nor captured in a CUDA graph.
+    The host never waits: a new k is copied from pinned memory, in the order of the stream, and
+    kept.  Under the capture of a CUDA graph what is kept is there already, since torch.cuda.graph
+    begins with a synchronisation; a new k becomes a copy from the host that the graph repeats.
+    Nothing is dropped, because a graph reads it for as long as it lives: 8 bytes a row, for as
+    many k as plans have.
     """
-    return torch.tensor([0, *accumulate(k)], dtype=torch.int64, device=device)
+    if device.type != "cuda":
+        return _host_offsets(k).to(device)
+    kept = _kept.get((k, device))
+    if torch.cuda.is_current_stream_capturing():
+        return kept.offsets if kept else _host_offsets(k).to(device, non_blocking=True)
+    stream = torch.cuda.current_stream(device)
+    if kept is None:
+        offsets = _host_offsets(k).pin_memory().to(device, non_blocking=True)
+        kept = _kept[k, device] = _Kept(offsets, stream.cuda_stream, stream.record_event())
+    elif kept.stream != stream.cuda_stream:
+        stream.wait_event(kept.copied)
+    return kept.offsets
 
 
 def select_tokens(
