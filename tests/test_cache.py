@@ -3,23 +3,22 @@
 import pytest
 import torch
 
-from toca_kernels.cache import TokenCache
+from toca_kernels.cache import Layout, TokenCache, Track, record_score, tensors
 
 L, B, N, C = 4, 2, 12, 5
+CPU = torch.device("cpu")
+LAYOUT = Layout((B, N, C), torch.float32, CPU)
 SETTINGS = {"age_weight": 0.1, "grid": (3, 4), "cell": 1, "bonus": 0.0}
 
 
-def made(**kwargs):
-    return TokenCache(L, (B, N, C), torch.float32, torch.device("cpu"), **kwargs)
-
-
 def filled(**kwargs):
-    """A cache that a full step has gone through, with scores."""
-    cache = made(**kwargs)
+    """A track that a full step has gone through, with scores."""
+    track = Track("mlp", L, **kwargs)
     for layer in range(L):
-        cache.record_score(layer, torch.rand(B, N))
-        cache.refreshed(layer)
-    return cache
+        track.hold(layer, LAYOUT)
+        record_score(track.score[layer], torch.rand(B, N))
+    track.young([True] * L)
+    return track
 
 
 def best(score, k):
@@ -27,59 +26,71 @@ def best(score, k):
     return score.argsort(dim=-1, descending=True)[..., :k].sort().values
 
 
-def test_it_is_preallocated_for_one_kind_of_tokens():
-    cache = made()
-    assert cache.attn.shape == cache.mlp.shape == (L, B, N, C)
+def test_buffers_are_made_once_for_one_kind_of_tokens():
+    cache = TokenCache({"attn": L, "mlp": L}, CPU, selecting=["mlp"])
+    assert cache.layout == {}
+    assert cache.nbytes == 0
+    cache.hold({"attn": [LAYOUT] * L, "mlp": [LAYOUT] * L})
+    assert cache.layout == {"attn": [LAYOUT] * L, "mlp": [LAYOUT] * L}
     assert cache.nbytes == 2 * L * B * N * C * 4
-    x = torch.zeros(B, N, C)
-    assert cache.fits(x)
-    assert not cache.fits(x[:1])
-    assert not cache.fits(x[:, :5])
-    assert not cache.fits(x.bfloat16())
-    assert not cache.fits(x.to("meta"))
+    first = cache.tracks["mlp"].features[0]
+    assert cache.tracks["mlp"].hold(0, LAYOUT) is first
+    assert cache.tracks["mlp"].score.shape == cache.tracks["mlp"].age.shape == (L, B, N)
+    assert cache.tracks["attn"].age.numel() == 0  # nothing selects there
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_eight_bits_and_a_scale_for_each_token(name, dtype):
+    cache = TokenCache({"mlp": L}, CPU, cache_dtype=name)
+    cache.hold({"mlp": [LAYOUT] * L})
+    values, scale = tensors(cache.tracks["mlp"].features[0])
+    assert (values.dtype, values.shape) == (dtype, (B, N, C))
+    assert (scale.dtype, scale.shape) == (torch.float32, (B, N))
+    assert cache.nbytes == L * B * N * (C + 4)
 
 
 def test_nothing_is_valid_before_it_is_written_or_after_it_is_forgotten():
-    cache = made()
-    assert cache.valid == [False] * L
-    cache.refreshed(2)
-    assert cache.valid == [False, False, True, False]
-    cache.refreshed(0)
-    cache.select([True] * L, [3] * L, **SETTINGS)
+    cache = TokenCache({"mlp": L}, CPU, selecting=["mlp"])
+    cache.hold({"mlp": [LAYOUT] * L})
+    track = cache.tracks["mlp"]
+    assert not cache.valid
+    track.valid = [True] * L
+    assert cache.valid
+    track.select([True] * L, [3] * L, **SETTINGS)
     cache.invalidate()
-    assert cache.valid == [False] * L
+    assert not cache.valid
     with pytest.raises(KeyError):
-        cache.selection(0)
+        track.selection(0)
 
 
 def test_scores_are_normalised_over_the_tokens():
-    cache = made()
+    into = torch.zeros(B, N)
     score = torch.rand(B, N) * 100
-    cache.record_score(1, score)
-    assert torch.allclose(cache.score[1], score / score.norm(dim=1, keepdim=True))
-    assert (cache.score[[0, 2, 3]] == 0).all()
-    cache.record_score(2, torch.zeros(B, N))  # no division by zero
-    assert (cache.score[2] == 0).all()
+    record_score(into, score)
+    assert torch.allclose(into, score / score.norm(dim=1, keepdim=True))
+    record_score(into, torch.zeros(B, N))  # no division by zero
+    assert (into == 0).all()
 
 
 def test_halves_that_share_have_the_mean_score():
-    cache = filled(share_halves=True)
+    track = filled(share_halves=True)
     score = torch.rand(B, N)
-    cache.record_score(0, score)
+    record_score(track.score[0], score)
     mean = score.mean(dim=0)
-    assert cache.score.shape == (L, 1, N)
-    assert torch.allclose(cache.score[0, 0], mean / mean.norm())
-    cache.select([True] * L, [4] * L, **SETTINGS)
-    index, inverse = cache.selection(0)
+    assert track.score.shape == (L, 1, N)
+    assert torch.allclose(track.score[0, 0], mean / mean.norm())
+    track.select([True] * L, [4] * L, **SETTINGS)
+    index, inverse = track.selection(0)
     assert (index.shape, inverse.shape) == ((B, 4), (B, N))
     assert torch.equal(index[0], index[1])
     assert torch.equal(index[0], best(mean, 4))
-    assert cache.recomputed().shape == (L, B, N)
+    assert track.recomputed().shape == (L, B, N)
 
 
 def test_halves_of_an_odd_batch_are_refused():
+    track = Track("mlp", L, share_halves=True)
     with pytest.raises(ValueError, match=r"share_cfg_selection: .* got 3 samples"):
-        TokenCache(L, (3, N, C), torch.float32, torch.device("cpu"), share_halves=True)
+        track.hold(0, Layout((3, N, C), torch.float32, CPU))
 
 
 @pytest.mark.parametrize(
@@ -95,8 +106,8 @@ def test_halves_of_an_odd_batch_are_refused():
 def test_layers_that_are_cached_get_their_own_k_and_the_others_none(cached):
     cache = filled()
     k = [0, 3, 5, N]
-    cache.select(cached, k, **SETTINGS)
-    assert cache.nan == 0
+    nan = cache.select(cached, k, **SETTINGS)
+    assert nan == 0
     fresh = cache.recomputed()
     for layer in range(L):
         if not cached[layer]:
@@ -115,6 +126,7 @@ def test_layers_that_are_cached_get_their_own_k_and_the_others_none(cached):
 def test_a_selection_is_of_the_step_at_hand_only():
     cache = filled()
     cache.select([True] * L, [3] * L, **SETTINGS)
+    cache.forget_selection()
     cache.select([False, True, True, True], [N, 2, 2, 2], **SETTINGS)
     with pytest.raises(KeyError):
         cache.selection(0)
@@ -128,7 +140,7 @@ def test_ages_grow_where_nothing_is_recomputed_and_a_full_layer_is_young():
     cache.select([True] * L, [2] * L, **SETTINGS)
     ages = torch.where(cache.recomputed(), 0, 2)
     assert torch.equal(cache.age, ages.int())
-    cache.refreshed(1)
+    cache.young([False, True, False, False])
     cache.select([True, False, True, True], [0] * L, **SETTINGS)
     assert (cache.age[1] == 0).all()
     assert torch.equal(cache.age[0], ages[0] + 1)
@@ -145,33 +157,32 @@ def test_age_outweighs_the_score_in_the_end():
 
 
 def test_nan_scores_are_counted_where_they_are_read():
-    cache = filled()
+    track = filled()
     broken = torch.rand(B, N)
     broken[1, 3] = torch.nan  # the norm over the tokens is NaN, and so is the whole row
-    cache.record_score(2, broken)
-    cache.select([True, True, False, True], [3] * L, **SETTINGS)
-    assert cache.nan == 0
-    cache.select([True] * L, [3] * L, **SETTINGS)
-    assert cache.nan == N
-    index, _ = cache.selection(2)
+    record_score(track.score[2], broken)
+    assert track.select([True, True, False, True], [3] * L, **SETTINGS) == 0
+    assert track.select([True] * L, [3] * L, **SETTINGS) == N
+    index, _ = track.selection(2)
     assert 0 <= index.min() <= index.max() < N
-    cache.invalidate()
-    assert cache.nan == 0
 
 
 def test_cells_larger_than_the_image():
-    cache = TokenCache(1, (1, 1, C), torch.float32, torch.device("cpu"))
-    cache.record_score(0, torch.ones(1, 1))
-    cache.select([True], [1], age_weight=0.1, grid=(1, 1), cell=2, bonus=0.6)
-    assert cache.recomputed().all()
+    track = Track("mlp", 1)
+    track.hold(0, Layout((1, 1, C), torch.float32, CPU))
+    record_score(track.score[0], torch.ones(1, 1))
+    track.select([True], [1], age_weight=0.1, grid=(1, 1), cell=2, bonus=0.6)
+    assert track.recomputed().all()
 
 
 def test_the_rest_is_small():
     """Scores, ages and selections beside the features; what a run holds is in test_memory.py."""
-    cache = TokenCache(8, (2, 256, 256), torch.bfloat16, torch.device("cpu"))
+    cache = TokenCache({"attn": 8, "mlp": 8}, CPU, selecting=["mlp"])
+    layout = Layout((2, 256, 256), torch.bfloat16, CPU)
+    cache.hold({"attn": [layout] * 8, "mlp": [layout] * 8})
     assert 0 < cache.other_nbytes < 0.05 * cache.nbytes
     before = cache.other_nbytes
-    cache.select([True] * 8, [64] * 8, **(SETTINGS | {"grid": (16, 16)}))
+    cache.tracks["mlp"].select([True] * 8, [64] * 8, **(SETTINGS | {"grid": (16, 16)}))
     # int64 index and int32 inverse
     assert cache.other_nbytes == before + 8 * 2 * (64 * 8 + 256 * 4)
     assert cache.other_nbytes < 0.05 * cache.nbytes

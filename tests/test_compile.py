@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import toca_kernels as toca
+from dit import random_dit
+from models import sample, tiny_transformer
 from toca_kernels.native import PackedLinear, packing_unavailable
 from tolerance import assert_same_bits
 
@@ -228,3 +230,125 @@ def test_a_refusal_comes_through_the_compiler():
     compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="age: expected dtype int32, got float32"):
         compiled(random(B, N), random(B, N))
+
+
+# --- an enabled model ----------------------------------------------------------------------------
+
+TIMESTEPS = [float(t) for t in torch.linspace(990, 0, 9).long()]
+CONFIG = toca.ToCaConfig(interval=3, fresh_ratio=0.4, layer_slope=0.3, step_slope=0.2)
+
+
+def tiny(contiguous=False):
+    torch.manual_seed(0)
+    model = random_dit("S", channels=64, num_heads=4, depth=3, input_size=8)
+    if contiguous:  # the layout of the first block's input, which DiT's embedder transposes
+        model.x_embedder.register_forward_hook(lambda module, args, out: out.contiguous())
+    return model
+
+
+def denoise(model, seed=0):
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    y = torch.tensor([1, 2, 1000, 1000])
+    for t in TIMESTEPS:
+        x = x - 0.1 * model(x, torch.full((4,), int(t)), y)[:, :4]
+    return x
+
+
+def blocks_then_enable(model, **options):
+    for block in model.blocks:
+        block.compile(fullgraph=True, **options)
+    toca.enable(model, CONFIG, timesteps=TIMESTEPS)
+    return model
+
+
+def enable_then_blocks(model, **options):
+    toca.enable(model, CONFIG, timesteps=TIMESTEPS)
+    for block in model.blocks:
+        block.compile(fullgraph=True, **options)
+    return model
+
+
+def wrapped_blocks_then_enable(model, **options):
+    for layer, block in enumerate(model.blocks):
+        model.blocks[layer] = torch.compile(block, fullgraph=True, **options)
+    toca.enable(model, CONFIG, timesteps=TIMESTEPS)
+    return model
+
+
+def enable_the_compiled_model(model, **options):
+    compiled = torch.compile(model, **options)
+    toca.enable(compiled, CONFIG, timesteps=TIMESTEPS)
+    return compiled
+
+
+def compile_the_enabled_model(model, **options):
+    """Right, if not faster: a compiler does not look into an enabled model's forward."""
+    toca.enable(model, CONFIG, timesteps=TIMESTEPS)
+    return torch.compile(model, **options)
+
+
+def compile_in_place(model, **options):
+    model.compile(**options)
+    toca.enable(model, CONFIG, timesteps=TIMESTEPS)
+    return model
+
+
+WAYS = [
+    blocks_then_enable,
+    enable_then_blocks,
+    wrapped_blocks_then_enable,
+    enable_the_compiled_model,
+    compile_the_enabled_model,
+    compile_in_place,
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_compiled_model_samples_as_an_eager_one(way):
+    model = tiny()
+    with toca.enabled(model, CONFIG, timesteps=TIMESTEPS) as session:
+        expected = denoise(model)
+    counted = session.summary()
+    compiled = way(model, backend="aot_eager")
+    for _ in range(2):  # the first run makes the buffers, the second finds them
+        assert torch.allclose(denoise(compiled), expected, atol=1e-5)
+    target = compiled if way is enable_the_compiled_model else model
+    summary = vars(target)["_toca_session"].summary()
+    assert summary.tokens_recomputed == counted.tokens_recomputed
+    assert summary.cached_steps == counted.cached_steps > 0
+    toca.disable(target)
+
+
+def test_two_graphs_serve_all_blocks():
+    """One for full steps and one for cached ones, whatever the layer and the k."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    model = enable_then_blocks(tiny(contiguous=True), backend=backend)
+    denoise(model)
+    denoise(model, seed=1)
+    assert len(graphs) == 2
+    calls = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    assert sum("toca.attention_scores.default" in targets for targets in calls) == 1
+    assert sum("toca.gather_modulate.default" in targets for targets in calls) == 1
+
+
+def test_blocks_compiled_by_inductor():
+    model = tiny()
+    with toca.enabled(model, CONFIG, timesteps=TIMESTEPS):
+        expected = denoise(model)
+    enable_then_blocks(model)
+    assert torch.allclose(denoise(model), expected, atol=1e-4)
+
+
+def test_diffusers_blocks_compile():
+    model = tiny_transformer()
+    config = toca.ToCaConfig(interval=2, fresh_ratio=0.3)
+    with toca.enabled(model, config, num_steps=4):
+        expected = sample(model, 4)
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+        assert torch.allclose(sample(model, 4), expected, atol=1e-5)

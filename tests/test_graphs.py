@@ -64,8 +64,10 @@ class KernelRecorder:
 
     def kept(self) -> list[Tensor]:
         """State that the model's steps change: restored, because a real record executes nothing."""
-        caches = self.run._kept
-        return [t for c in caches for t in (c.attn, c.mlp, c.score, c.age, c.nan, c.off_track)]
+        caches = [cache for caches in self.run._kept.values() for cache in caches]
+        tracks = [track for cache in caches for track in cache.tracks.values()]
+        state = [t for track in tracks for t in (*track.features, track.score, track.age)]
+        return [*state, *(t for cache in caches for t in (cache.nan, cache.off_track))]
 
 
 @pytest.fixture

@@ -17,8 +17,11 @@ LAYERS = [
     ["apps"],
     ["__init__"],  # the public names
     ["session"],
+    ["summary"],
     ["graphs"],
     ["run"],
+    ["branch"],
+    ["done"],
     ["models"],
     ["blocks"],
     ["cache"],

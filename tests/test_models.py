@@ -317,12 +317,15 @@ def test_modules_inside_the_mlp_are_not_skipped(norm):
 
 def test_a_module_replaced_while_enabled_is_noticed(model):
     """The MLP that is watched is no longer called: nothing it left behind may be read."""
+    block = blocks_of(model)[1]
+    name = "mlp" if hasattr(block, "mlp") else "ff"
+    own = getattr(block, name)
+    other = copy.deepcopy(own)
     with toca.enabled(model, CONFIG, num_steps=STEPS):
         clean = sample(model, STEPS)
-        block = blocks_of(model)[1]
-        name = "mlp" if hasattr(block, "mlp") else "ff"
-        own = getattr(block, name)
-        setattr(block, name, copy.deepcopy(own))
+        with pytest.raises(ValueError, match="expected a model that is not enabled"):
+            copy.deepcopy(own)
+        setattr(block, name, other)
         with pytest.raises(RuntimeError, match="if modules were replaced, disable the model and"):
             sample(model, STEPS)
         setattr(block, name, own)
@@ -334,7 +337,7 @@ def test_a_chunked_feed_forward_is_refused(size):
     model = tiny_transformer()
     for block in model.transformer_blocks:
         block.set_chunk_feed_forward(size, dim=1)
-    with pytest.raises(RuntimeError, match="MLP of layer 0: expected to be called with all tokens"):
+    with pytest.raises(RuntimeError, match="mlp of layer 0: expected to be called with all tokens"):
         run(model)
 
 

@@ -16,7 +16,7 @@ STEP_PATH = sorted(
     [
         *(PACKAGE / "triton").glob("*.py"),
         *(PACKAGE / "blocks").glob("*.py"),
-        *(PACKAGE / name for name in ("cache.py", "graphs.py", "run.py")),
+        *(PACKAGE / name for name in ("branch.py", "cache.py", "graphs.py", "run.py")),
     ]
 )
 
@@ -27,12 +27,13 @@ SCALARS = {"bool", "int", "float"}
 EXCEPTIONS = {
     ("blocks/linear.py", "checksum"): "weights, once a run and only where oneDNN packs: on a CPU",
     ("cache.py", "recomputed"): "the selection, where a run records it for its user to read",
-    ("run.py", "_decide"): "tables of the plan, which are NumPy's",
+    ("branch.py", "_rows_of"): "tables of the plan, which are NumPy's",
+    ("branch.py", "decide"): "tables of the plan, which are NumPy's",
+    ("blocks/block.py", "check"): "tables of the plan, which are NumPy's",
     ("run.py", "_read"): "timesteps, after a return for every device but the CPU",
     ("run.py", "_branch_key"): "labels, where they are on the CPU",
-    ("run.py", "nan_scores"): "NaNs so far, when a user asks for the summary",
-    ("run.py", "release"): "NaNs and strayed timesteps, once a run, after its last step",
-    ("run.py", "_make_plan"): "tables of the plan, which are NumPy's",
+    ("branch.py", "nan_scores"): "NaNs so far, when a user asks for the summary",
+    ("branch.py", "release"): "NaNs and strayed timesteps, once a run, after its last step",
     ("run.py", "_open"): "Python's own numbers",
 }
 

@@ -27,7 +27,7 @@ from models import (
     tiny_pipeline,
 )
 from toca_kernels import ToCaConfig, run
-from toca_kernels.blocks import self_mlp
+from toca_kernels.blocks import row_mlp
 
 CONFIG = ToCaConfig(interval=3, fresh_ratio=0.3, grid=2, bonus=0.6)
 STEPS = 5  # 0 and 3 are full
@@ -72,7 +72,7 @@ def before_the_mlp(model, trap, monkeypatch):
 
 
 def after_the_caches_were_written(model, trap, monkeypatch):
-    own = self_mlp.partial_mlp
+    own = row_mlp.partial_mlp
 
     @functools.wraps(own)
     def partial_mlp(*args, **kwargs):
@@ -80,7 +80,7 @@ def after_the_caches_were_written(model, trap, monkeypatch):
         trap.spring()
         return out
 
-    monkeypatch.setattr(self_mlp, "partial_mlp", partial_mlp)
+    monkeypatch.setattr(row_mlp, "partial_mlp", partial_mlp)
 
 
 def after_the_last_block(model, trap, monkeypatch):
@@ -517,7 +517,7 @@ def test_guidance_that_ends_or_begins_in_the_middle_of_a_run(model):
             y = labels if name == "cond" else torch.full_like(labels, NULL)
             out[name] = call_model(model, x, t, y)
             branch = session._run.branches[tuple(y.tolist())]
-            full[name].append((branch.position - 1, all(branch.done.full[-1])))
+            full[name].append((branch.position - 1, branch.done.full_steps()[-1]))
         return out["cond"]
 
     with toca.enabled(model, CONFIG, num_steps=7) as session:
@@ -555,7 +555,9 @@ def test_weights_changed_after_a_broken_first_step_are_read_anew(model):
 def counted(monkeypatch):
     """As on a GPU, where reading them would wait for the device: calls are counted."""
     monkeypatch.setattr(run, "_read", lambda timestep: None)
-    monkeypatch.setattr(run, "_branch_key", lambda y: (y.data_ptr(), tuple(y.shape)))
+    monkeypatch.setattr(
+        run, "_branch_key", lambda call: (call.labels.data_ptr(), tuple(call.labels.shape))
+    )
 
 
 class Labels:

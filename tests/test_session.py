@@ -33,6 +33,7 @@ from models import (
     tiny_pipeline,
 )
 from toca_kernels import ToCaConfig
+from toca_kernels.blocks.capture import CapturedScores
 from toca_kernels.flops import BlockShape
 
 CONFIG = ToCaConfig(interval=3, fresh_ratio=0.3, grid=2, bonus=0.6)
@@ -457,20 +458,42 @@ def test_attention_that_cannot_be_read_is_refused():
     run(model, CONFIG.replace(selector="random"))
 
 
-def test_attention_with_a_mask_is_refused():
-    model = tiny_dit()
+def test_scores_under_a_mask_are_those_of_the_explicit_map():
+    x = torch.randn(2, 3, 10, 8)
+    k, v = torch.randn(2, 2, 3, 10, 8)
+    boolean = torch.rand(2, 1, 10, 10) > 0.3
+    boolean[..., 0] = True
+    for mask in (boolean, torch.randn(1, 3, 10, 10), torch.ones(2, 1, 1, 10).bool()):
+        found = []
+        with CapturedScores("attention", found):
+            out = F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
+        assert torch.equal(out, F.scaled_dot_product_attention(x, k, v, attn_mask=mask))
+        every = torch.eye(10).expand(2, 3, 10, 10)  # the values are the map's columns
+        weights = F.scaled_dot_product_attention(x, k, every, attn_mask=mask)
+        assert torch.allclose(found[0], weights.sum(dim=2).mean(dim=1), atol=1e-5)
+        mean = weights.mean(dim=1)
+        with CapturedScores("entropy", found):
+            F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
+        entropy = -(mean * (mean + 1e-7).log()).sum(dim=-1)
+        assert torch.allclose(found[1], entropy, atol=1e-5)
 
-    class Masked(ExplicitAttention):
-        def forward(self, x):
-            q = x[:, None]
-            mask = torch.zeros(x.shape[1], x.shape[1])
-            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)[:, 0]
 
-    for block in model.blocks:
-        block.attn = Masked(block.attn, None)
-    with pytest.raises(RuntimeError, match="expected plain self-attention, got a mask"):
-        run(model, CONFIG)
-    run(model, CONFIG.replace(selector="norm"))
+def test_scores_of_grouped_queries():
+    q, k, v = torch.randn(2, 4, 10, 8), *torch.randn(2, 2, 2, 10, 8)
+    found = []
+    with CapturedScores("attention", found):
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        F.scaled_dot_product_attention(q, *(t.repeat_interleave(2, dim=1) for t in (k, v)))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+
+
+def test_causal_attention_is_refused():
+    q = torch.randn(1, 1, 4, 8)
+    with (
+        pytest.raises(RuntimeError, match="expected attention among all tokens, got a causal"),
+        CapturedScores("attention", []),
+    ):
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
 def test_norm_selects_the_smallest_values():

@@ -23,6 +23,7 @@ from .plan import Plan, build_plan, check_integer, module_kind
 Selector = Literal["attention", "entropy", "random", "norm"]
 CountFrom = Literal["start", "end", "last_full"]
 FullSteps = Literal["exact", "fused"]
+CacheDtype = Literal["int8", "fp8"]
 
 # A factor of 1 - slope to 1 + slope is clamped to [0, 1] in the end; larger slopes only overflow.
 _MAX_FACTOR = 100.0
@@ -79,6 +80,8 @@ class ToCaConfig:
         share_cfg_selection: the two guidance halves of a batch select the same tokens.
         tabulate_modulation: gates, shifts and scales of all steps are computed once, before the
             run, in one GEMM per layer; False computes them in each step.
+        cache_dtype: "int8" or "fp8" (e4m3) keep cached outputs in 8 bits with one scale for each
+            token, half the memory of bfloat16; None keeps the model's dtype.
         prepack: weights are laid out once for the backend that reads them; False reads them as
             they are, which saves the copy.
         seed: of the "random" selector.
@@ -107,6 +110,7 @@ class ToCaConfig:
     full_steps: FullSteps = "exact"
     share_cfg_selection: bool = False
     tabulate_modulation: bool = True
+    cache_dtype: CacheDtype | None = None
     prepack: bool = True
     seed: int = 0
 
@@ -130,6 +134,8 @@ class ToCaConfig:
         _choice("selector", self.selector, get_args(Selector))
         _choice("count_from", self.count_from, get_args(CountFrom))
         _choice("full_steps", self.full_steps, get_args(FullSteps))
+        if self.cache_dtype is not None:
+            _choice("cache_dtype", self.cache_dtype, get_args(CacheDtype))
         for name in ("decide_per_block", "share_cfg_selection", "tabulate_modulation", "prepack"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")

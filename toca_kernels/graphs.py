@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .run import Branch
+from .branch import Branch
 
 
 class Recorder(Protocol):
@@ -86,32 +86,35 @@ class StepGraphs:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if branch.run.config.selector == "random":
             self.fallback = "selector 'random' draws new numbers in every step"
-        kind = None if self.fallback else branch.plan_ahead()
+        kind = None if self.fallback else branch.kind()
         if kind is None:
-            return forward(*args, **kwargs)
+            return branch.forward(forward, args, kwargs)
         key = (kind, spec, tuple(map(_signature, leaves)))
         if key in self._records:
             return self._replay(self._records[key], tensors)
         if key not in self._warm:
             self._warm.add(key)
-            return forward(*args, **kwargs)
+            return branch.forward(forward, args, kwargs)
         try:
-            record = self._record(forward, leaves, spec)
+            record = self._record(branch, forward, leaves, spec)
         except RuntimeError as error:
             self.fallback = f"recording a step failed: {str(error).splitlines()[0]}"
             branch.abort()  # what the failed record left behind is not known: the step is full
-            return forward(*args, **kwargs)
+            branch.decide()
+            return branch.forward(forward, args, kwargs)
         self._records[key] = record
         return self._replay(record, tensors)
 
-    def _record(self, forward: Callable[..., Any], leaves: list[Any], spec: Any) -> _Record:
+    def _record(
+        self, branch: Branch, forward: Callable[..., Any], leaves: list[Any], spec: Any
+    ) -> _Record:
         inputs = []
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 leaves[position] = leaf.clone()
                 inputs.append(leaves[position])
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        replay, out = self.recorder.record(lambda: forward(*args, **kwargs))
+        replay, out = self.recorder.record(lambda: branch.forward(forward, args, kwargs))
         return _Record(replay, inputs, out)
 
     def _replay(self, record: _Record, tensors: list[Tensor]) -> Any:

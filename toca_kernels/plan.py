@@ -269,6 +269,15 @@ def module_kind(name: str) -> str:
     )
 
 
+def is_module(name: str) -> bool:
+    """Whether a name is one that a plan can have."""
+    try:
+        module_kind(name)
+    except ValueError:
+        return False
+    return True
+
+
 def module_setting(settings: Mapping[str, T], module: str) -> T | None:
     """The setting of a module: by its full name, else by its kind, else None."""
     return settings.get(module, settings.get(module_kind(module)))

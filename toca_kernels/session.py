@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,82 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .blocks.self_mlp import SelfMLP
 from .config import ToCaConfig
-from .flops import BlockShape, Flops
+from .done import Done
+from .flops import Flops
 from .graphs import CudaGraphs, StepGraphs
-from .plan import Plan, check_integer
-from .run import Branch, Done, Run
+from .plan import check_integer, module_kind
+from .run import Run
+from .summary import Summary
 
 _ATTRIBUTE = "_toca_session"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the last run did, counted while it ran; since the last change of labels, batch or image
-    size, where they changed in the middle of it.
-
-    Attributes:
-        steps: steps run; full_steps of them in full in every layer, cached_steps in some layer
-            from the cache.
-        tokens_recomputed, tokens_total: tokens that went through an MLP, summed over steps, layers
-            and samples, and how many would have without ToCa.
-        flops_full, flops_done, flops_ratio: by the convention of the paper's code (flops.py).
-        seconds: in the model's forward.
-        speedup_estimate: (mean seconds of a full step) * steps / seconds.  Full steps carry the
-            scores, so measure the untouched model for the true figure.
-        cache_bytes: cached features; modulation_bytes: table of gates, shifts and scales;
-            packed_bytes: second copies of MLP weights; other_bytes: scores, ages, selections.
-        nan_scores: scores that were NaN: the model's output is not to be trusted.
-        graphs, graph_bytes: recorded steps, and the memory of their pool (cuda_graph=True).
-        graph_fallback: why steps are not replayed although they should be; empty if they are.
-    """
-
-    steps: int
-    full_steps: int
-    cached_steps: int
-    tokens_recomputed: int
-    tokens_total: int
-    flops_full: int
-    flops_done: int
-    flops_ratio: float
-    seconds: float
-    speedup_estimate: float
-    cache_bytes: int
-    modulation_bytes: int
-    packed_bytes: int
-    other_bytes: int
-    nan_scores: int
-    graphs: int = 0
-    graph_bytes: int = 0
-    graph_fallback: str = ""
-
-    def __str__(self) -> str:
-        mib = 1 / 2**20
-        share = self.tokens_recomputed / max(self.tokens_total, 1)
-        efficiency = self.speedup_estimate / self.flops_ratio
-        lines = [
-            f"steps       {self.steps} ({self.full_steps} full, {self.cached_steps} cached)",
-            f"tokens      {self.tokens_recomputed:,} of {self.tokens_total:,} recomputed "
-            f"({share:.1%})",
-            f"FLOPs       {self.flops_done * 1e-12:.4g} of {self.flops_full * 1e-12:.4g} TFLOPs, "
-            f"{self.flops_ratio:.2f}x less",
-            f"seconds     {self.seconds:.2f}, about {self.speedup_estimate:.2f}x faster than full "
-            f"steps only: {efficiency:.0%} of the FLOPs ratio",
-            f"memory      {self.cache_bytes * mib:.1f} MiB caches, "
-            f"{self.modulation_bytes * mib:.1f} MiB modulation, "
-            f"{self.packed_bytes * mib:.1f} MiB packed weights, "
-            f"{self.other_bytes * mib:.2f} MiB other",
-        ]
-        if self.graphs:
-            lines.append(
-                f"graphs      {self.graphs} recorded, {self.graph_bytes * mib:.1f} MiB pool"
-            )
-        if self.graph_fallback:
-            lines.append(f"no graphs   {self.graph_fallback}")
-        if self.nan_scores:
-            lines.append(f"WARNING     {self.nan_scores} scores were NaN")
-        return "\n".join(lines)
 
 
 class Session:
@@ -97,6 +30,8 @@ class Session:
     Attributes:
         model: the model whose blocks are replaced.
         config: its settings.
+        others: sessions of the pipeline's other transformers (Wan 2.2 has two), which `summary`
+            and `reset` cover too.
         record_selections: set to True to keep, in `selections`, which tokens each step of a run
             recomputed: None for a full step, else a (layers, B, N) bool tensor.
     """
@@ -112,12 +47,10 @@ class Session:
         self.model = model
         self.config = config
         self._adapter = models.find(model)
-        self._blocks = [
-            SelfMLP(parts, layer, self._step, prepack=config.prepack)
-            for layer, parts in enumerate(self._adapter.blocks())
-        ]
+        self._blocks = self._adapter.blocks()
         self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps)
         self._run.graphs = self._graphs = graphs
+        self.others: list[Session] = []
         self._own_forward = model.forward
         self._undo: list[Callable[[], None]] = []
 
@@ -125,17 +58,22 @@ class Session:
         # The replaced forwards of the copy would run the blocks of the original.
         raise ValueError("deepcopy: expected a model that is not enabled; disable it first")
 
-    def _step(self) -> Branch | None:
-        return self._run.active
-
     # --- the model's forward ----------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # not imported for this: it takes seconds
+            # A compiler must not look into the bookkeeping; blocks that were compiled stay so.
+            return torch.compiler.disable(self._step)(*args, **kwargs)
+        return self._step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.__dict__.get(_ATTRIBUTE) is not self:
             return self._own_forward(*args, **kwargs)  # disabled; whoever patched over it calls it
         if self.model.training:
             raise RuntimeError("model: expected evaluation mode, got training mode; call .eval()")
         call = self._adapter.call(*args, **kwargs)
+        if call is None:
+            return self._own_forward(*args, **kwargs)
         with torch.no_grad():  # cached features carry no gradient: none is promised
             out = self._run.call(call, self._own_forward, args, kwargs)
         return out
@@ -150,13 +88,26 @@ class Session:
 
     @property
     def selections(self) -> list[Tensor | None]:
-        """The tokens that each step of the last run recomputed, of the branch that opened last."""
+        """The tokens that each step of the last run recomputed, of the branch that opened last.
+
+        None for a full step, else (layers, B, N) bool: of the MLP, or of the first module of the
+        model that selects; `selections_of` tells of the others.
+        """
         branches = list(self._run.branches.values())
-        return branches[-1].done.selections if branches else []
+        recorded = branches[-1].done.selections if branches else []
+        return [None if step is None else next(iter(step.values())) for step in recorded]
+
+    def selections_of(self, module: str) -> list[Tensor | None]:
+        """`selections` of a module, by its name in the plan."""
+        branches = list(self._run.branches.values())
+        recorded = branches[-1].done.selections if branches else []
+        return [None if step is None else step[module] for step in recorded]
 
     def reset(self) -> None:
         """Forget the run under way: the next call of the model is the first step of a new one."""
         self._run.branches = {}
+        for other in self.others:
+            other.reset()
 
     # --- patching ---------------------------------------------------------------------------
 
@@ -167,6 +118,7 @@ class Session:
                 self._patch(module, "forward", forward)
         if scheduler is not None and hasattr(scheduler, "set_timesteps"):
             self._patch(scheduler, "set_timesteps", self._announcing(scheduler))
+            self._patch(scheduler, "step", self._ticking(scheduler))
         self.model.__dict__[_ATTRIBUTE] = self
 
     def _announcing(self, scheduler: Any) -> Callable[..., Any]:
@@ -181,6 +133,18 @@ class Session:
             return out
 
         return set_timesteps
+
+    def _ticking(self, scheduler: Any) -> Callable[..., Any]:
+        """The scheduler's step, which now also counts."""
+        own = scheduler.step
+
+        @functools.wraps(own)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            out = own(*args, **kwargs)
+            self._run.ticks += 1
+            return out
+
+        return step
 
     def _patch(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
         """Set an attribute of the instance; `_uninstall` puts back what was there.
@@ -202,6 +166,8 @@ class Session:
         self._undo.append(undo)
 
     def _uninstall(self) -> None:
+        for other in self.others:
+            other._uninstall()
         while self._undo:
             self._undo.pop()()
         self.model.__dict__.pop(_ATTRIBUTE, None)
@@ -217,22 +183,28 @@ class Session:
         Raises:
             RuntimeError: no step has been run yet.
         """
-        branches = [b for b in self._run.branches.values() if b.done.seconds]
-        done = [branch.done for branch in branches]
-        if not done:
+        runs = [
+            (session, [b for b in session._run.branches.values() if b.done.seconds])
+            for session in (self, *self.others)
+        ]
+        runs = [(session, branches) for session, branches in runs if branches]
+        if not runs:
             raise RuntimeError("summary: no step has been run yet")
-        counts = [self._flops(d) for d in done]
+        branches = [branch for _, some in runs for branch in some]
+        done = [branch.done for branch in branches]
+        counts = [s._flops(branch.done) for s, some in runs for branch in some]
         graphs = self._graphs
         seconds = sum(sum(d.seconds) for d in done)
-        steps = max(len(d.seconds) for d in done)
-        full_steps = max(sum(map(all, d.full)) for d in done)
+        # Branches run side by side, models one after the other.
+        steps = sum(max(len(b.done.seconds) for b in some) for _, some in runs)
+        full_steps = sum(max(sum(b.done.full_steps()) for b in some) for _, some in runs)
         flops_full, flops_done = sum(c.full for c in counts), sum(c.done for c in counts)
         return Summary(
             steps=steps,
             full_steps=full_steps,
             cached_steps=steps - full_steps,
-            tokens_recomputed=sum(d.samples * int(np.sum(d.k)) for d in done),
-            tokens_total=sum(d.samples * d.tokens * np.size(d.k) for d in done),
+            tokens_recomputed=sum(_mlp_tokens(d, d.plan().k) for d in done),
+            tokens_total=sum(_mlp_tokens(d, d.every()) for d in done),
             flops_full=flops_full,
             flops_done=flops_done,
             flops_ratio=flops_full / flops_done,
@@ -240,7 +212,7 @@ class Session:
             speedup_estimate=_speedup(done, seconds),
             cache_bytes=sum(d.cache_bytes for d in done),
             modulation_bytes=sum(d.table_bytes for d in done),
-            packed_bytes=sum(block.packed_nbytes for block in self._blocks),
+            packed_bytes=sum(block.packed_nbytes for s, _ in runs for block in s._blocks),
             other_bytes=sum(d.other_bytes for d in done),
             nan_scores=sum(branch.nan_scores for branch in branches),
             graphs=0 if graphs is None else len(graphs),
@@ -249,23 +221,16 @@ class Session:
         )
 
     def _flops(self, done: Done) -> Flops:
-        heads, mlp_ratio = self._adapter.shape()
-        full, k = np.array(done.full), np.array(done.k, dtype=np.int64)
-        plan = Plan(
-            num_steps=len(k),
-            num_layers={"attn": k.shape[1], "mlp": k.shape[1]},
-            num_tokens={"attn": done.tokens, "mlp": done.tokens},
-            full={"attn": full, "mlp": full},
-            k={"attn": np.where(full, done.tokens, 0), "mlp": k},
-        )
-        shape = BlockShape(
-            batch=done.samples, channels=done.channels, heads=heads, mlp_ratio=mlp_ratio
-        )
-        return plan.flops(shape)
+        return self._adapter.flops(done.plan(), done.batch)
+
+
+def _mlp_tokens(done: Done, k: Mapping[str, Any]) -> int:
+    """Tokens in the MLPs, of all samples, layers and steps."""
+    return sum(done.batch[name] * int(k[name].sum()) for name in k if module_kind(name) == "mlp")
 
 
 def _speedup(done: Sequence[Done], seconds: float) -> float:
-    full = [s for d in done for s, layers in zip(d.seconds, d.full, strict=True) if all(layers)]
+    full = [s for d in done for s, f in zip(d.seconds, d.full_steps(), strict=True) if f]
     steps = sum(len(d.seconds) for d in done)
     return float(np.mean(full)) * steps / seconds if full and seconds > 0 else 1.0
 
@@ -301,10 +266,10 @@ def enable(
         ValueError: the model is of no supported family (the message says what it lacks), is
             already enabled, or the settings do not fit it.
     """
-    model, scheduler = _parts(model_or_pipeline)
+    found, scheduler = _parts(model_or_pipeline)
     if not isinstance(config, ToCaConfig):
         raise ValueError(f"config: expected a ToCaConfig, got {type(config).__name__}")
-    if _ATTRIBUTE in model.__dict__:
+    if any(_ATTRIBUTE in model.__dict__ for model in found):
         raise ValueError("model: expected one that is not enabled, got one that already is")
     if num_steps is not None:
         num_steps = check_integer("num_steps", num_steps, low=1)
@@ -313,10 +278,20 @@ def enable(
         num_steps = len(timesteps) if num_steps is None else num_steps
         if len(timesteps) != num_steps:
             raise ValueError(f"timesteps: expected {num_steps}, got {len(timesteps)}")
-    graphs = StepGraphs(CudaGraphs(_cuda_device(model))) if cuda_graph else None
-    session = Session(model, config, num_steps, timesteps, graphs)
-    session._install(scheduler)
-    return session
+    sessions = [
+        Session(
+            model,
+            config,
+            num_steps,
+            timesteps,
+            StepGraphs(CudaGraphs(_cuda_device(model))) if cuda_graph else None,
+        )
+        for model in found
+    ]
+    for session in sessions:
+        session._install(scheduler)
+    sessions[0].others = sessions[1:]
+    return sessions[0]
 
 
 def disable(model_or_pipeline: Any) -> None:
@@ -325,8 +300,8 @@ def disable(model_or_pipeline: Any) -> None:
     Raises:
         ValueError: the model is not enabled.
     """
-    model, _ = _parts(model_or_pipeline)
-    session = model.__dict__.get(_ATTRIBUTE)
+    found, _ = _parts(model_or_pipeline)
+    session = found[0].__dict__.get(_ATTRIBUTE)
     if session is None:
         raise ValueError("model: expected one that is enabled, got one that is not")
     session._uninstall()
@@ -362,14 +337,15 @@ def _cuda_device(model: nn.Module) -> torch.device:
     return device
 
 
-def _parts(model_or_pipeline: Any) -> tuple[nn.Module, object | None]:
-    """(model, scheduler) of a model, or of a pipeline around one."""
+def _parts(model_or_pipeline: Any) -> tuple[list[nn.Module], object | None]:
+    """(models, scheduler) of a model, or of a pipeline around one or two."""
     if isinstance(model_or_pipeline, nn.Module):
-        return model_or_pipeline, None
-    model = getattr(model_or_pipeline, "transformer", None)
-    if not isinstance(model, nn.Module):
+        return [model_or_pipeline], None
+    named = (getattr(model_or_pipeline, name, None) for name in ("transformer", "transformer_2"))
+    found = [model for model in named if isinstance(model, nn.Module)]
+    if not found:
         raise ValueError(
             "model: expected a torch module, or a pipeline with one as its transformer, got "
             f"{type(model_or_pipeline).__name__}"
         )
-    return model, getattr(model_or_pipeline, "scheduler", None)
+    return found, getattr(model_or_pipeline, "scheduler", None)

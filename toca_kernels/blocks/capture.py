@@ -8,7 +8,7 @@ projections, norms or rotary embeddings before the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,26 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..ops import attention_scores
+from ..ops import attention_entropy, attention_scores, attention_with_lse
 
-_FLASH = 1  # SDPBackend.FLASH_ATTENTION, as _fused_sdp_choice numbers it
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
 
 class CapturedScores(TorchFunctionMode):
-    """Context in which an attention module runs; afterwards `score` is (B, N).
+    """Context in which an attention module runs; `found` holds its scores afterwards.
 
     Args:
-        selector: "attention" (attention received, ToCa section 3.2) or "norm" (values that are
-            small rank high: the value norm of DuCa, arXiv 2412.18911).
-        batch: B.
+        selector: "attention" (attention that each key received, ToCa section 3.2), "entropy" (of
+            each query's attention, the same section) or "norm" (values that are small rank high:
+            the value norm of DuCa, arXiv 2412.18911).
+        found: where the scores go: (B, N) or (B * H, N), float32.  A list, because
+            torch.compile reads no attributes of a mode.
     """
 
-    def __init__(self, selector: str, batch: int) -> None:
+    def __init__(self, selector: str, found: list[Tensor]) -> None:
         super().__init__()
         self.selector = selector
-        self.batch = batch
-        self.score: Tensor | None = None
+        self.found = found
 
     def __torch_function__(
         self,
@@ -50,64 +50,77 @@ class CapturedScores(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in _SOFTMAX and self.selector == "attention" and out.ndim in (3, 4):
             # An explicit map, (B, H, N, N) or (B * H, N, N): its column sums are the scores.
-            weights = out if out.ndim == 4 else out.unflatten(0, (self.batch, -1))
-            self.score = weights.sum(dim=2, dtype=torch.float32).mean(dim=1)
+            received = out.sum(dim=-2, dtype=torch.float32)
+            self.found.append(received if out.ndim == 3 else received.mean(dim=1))
         return out
 
     def _attention(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        query: Tensor,  # named as scaled_dot_product_attention names them
+        key: Tensor,
+        value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if self.selector == "norm":
-            length = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32).sum(dim=1)
-            self.score = length.amax(dim=-1, keepdim=True) - length
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if attn_mask is not None or is_causal or enable_gqa:
+        if is_causal:
             raise RuntimeError(
-                "selector 'attention': expected plain self-attention, got a mask, a causal or a "
-                "grouped-query call; use selector='norm' or 'random'"
+                f"selector {self.selector!r}: expected attention among all tokens, got a causal "
+                "call; use selector='random'"
             )
+        q, k, v = query, key, value
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        plain = self.selector == "attention" and attn_mask is None and not enable_gqa
         device = q.device.type
-        if torch.is_autocast_enabled(device):  # casts inside the call, which is taken apart here
+        if plain and torch.is_autocast_enabled(device):  # casts inside the call, taken apart here
             dtype = torch.get_autocast_dtype(device)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        with torch.autocast(device, enabled=False):
-            out, lse = attention_with_lse(q, k, v, dropout_p, scale)
-            self.score = attention_scores(q, k, lse, scale=scale)
+        if plain:
+            with torch.autocast(device, enabled=False):
+                out, lse = attention_with_lse(q, k, v, scale=scale, dropout_p=dropout_p)
+                self.found.append(attention_scores(q, k, lse, scale=scale))
+            return out
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa
+        )
+        if self.selector == "norm":
+            length = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32).sum(dim=1)
+            score = length.amax(dim=-1, keepdim=True) - length
+        elif self.selector == "entropy":
+            score = _entropy(q, k, attn_mask, scale)
+        else:
+            score = _received(q, k, attn_mask, scale)
+        self.found.append(score)
         return out
 
 
-def attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """What scaled_dot_product_attention returns, bit for bit, and the (B, H, N) log-sum-exp."""
-    choice = torch._fused_sdp_choice(q, k, v, None, dropout_p, False, scale=scale)
-    if choice == _FLASH and q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, dropout_p, False, scale=scale
-        )
-        return out, lse.contiguous()
-    if choice == _FLASH and q.device.type == "cuda" and q.shape[-1] % 8 == 0:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, dropout_p, False, False, scale=scale
-        )[:2]
-        return out, lse.contiguous()
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    lse = torch.stack(  # one head at a time: the map of all heads need not fit
-        [
-            torch.logsumexp(q[:, h].float() @ k[:, h].float().transpose(-1, -2) * scale, dim=-1)
-            for h in range(q.shape[1])
-        ],
-        dim=1,
-    )
-    return out, lse
+def _maps(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Iterator[Tensor]:
+    """The attention map of each head, (B, Nq, N) in float32: those of all heads need not fit."""
+    for h in range(q.shape[1]):
+        keys = k[:, h * k.shape[1] // q.shape[1]]  # grouped queries share a head of keys
+        logits = q[:, h].float() @ keys.float().mT * scale
+        if mask is not None:
+            one = mask[:, min(h, mask.shape[1] - 1)] if mask.ndim == 4 else mask
+            logits = (
+                logits.masked_fill(~one, -torch.inf) if one.dtype == torch.bool else logits + one
+            )
+        yield torch.softmax(logits, dim=-1).nan_to_num(0.0)  # a query without any key
+
+
+def _received(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """attention_scores under a mask, or with grouped queries."""
+    received = [one.sum(dim=1) for one in _maps(q, k, mask, scale)]
+    return torch.stack(received).mean(dim=0)
+
+
+def _entropy(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """attention_entropy, also under a mask that differs between queries."""
+    if mask is None and q.shape[1] == k.shape[1]:
+        _, lse = attention_with_lse(q, k, k, scale=scale)
+        return attention_entropy(q, k, lse, scale=scale)
+    mean = q.new_zeros((), dtype=torch.float32)
+    for one in _maps(q, k, mask, scale):
+        mean = mean + one / q.shape[1]
+    return -(mean * (mean + 1e-7).log()).sum(dim=-1)

@@ -7,12 +7,13 @@ something other than its weight says.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from ..native import PackedLinear, packing_unavailable
+from ..ops import PackedLinear, packing_unavailable
 
 _HOOKS = (
     "_forward_hooks",
@@ -29,9 +30,9 @@ def hooked(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in _HOOKS)
 
 
-def unhooked(module: nn.Module) -> bool:
-    """Whether calling the module does what its class says, and nothing else."""
-    return "forward" not in vars(module) and not hooked(module)
+def unhooked(module: nn.Module, ours: Callable[..., Any] | None = None) -> bool:
+    """Whether calling the module does what its class says; `ours` is a forward of this package."""
+    return vars(module).get("forward") == ours and not hooked(module)
 
 
 def plain(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import diffusers, facebook_dit
+from . import diffusers, facebook_dit, transformers
 from .adapter import Adapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (facebook_dit.FacebookDiT, diffusers.DiffusersDiT)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    facebook_dit.FacebookDiT,
+    diffusers.DiffusersDiT,
+    transformers.DiffusersTransformer,
+)
 
 
 def find(model: nn.Module) -> Adapter:

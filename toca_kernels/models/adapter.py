@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..blocks.self_mlp import BlockParts
+from ..blocks.block import Block
+from ..flops import Flops
+from ..plan import Plan
 
 
 @dataclass(frozen=True)
@@ -17,15 +19,17 @@ class ModelCall:
 
     Attributes:
         timestep: the call's timestep, (), (1,) or (B,).
-        labels: class labels, (B,): what sets the two guidance branches apart.
-        shape: of the model's input.
-        grid: (rows, cols) of the tokens.
+        labels: class labels, (B,): what sets the two guidance branches apart; None where `text`
+            does.
+        text: the text that the model was given; known by where it lies, which no step changes.
+        grids: (rows, cols) or (frames, rows, cols) of the tokens of a module, for the bonus of
+            the best token of a cell; modules that are not named have no cells.
     """
 
     timestep: Tensor
-    labels: Tensor
-    shape: tuple[int, ...]
-    grid: tuple[int, int]
+    labels: Tensor | None
+    grids: Mapping[str, tuple[int, ...]]
+    text: Any = None
 
 
 class Adapter:
@@ -41,12 +45,12 @@ class Adapter:
         """What keeps `model` from being of this kind, in words; empty if nothing does."""
         raise NotImplementedError
 
-    def blocks(self) -> list[BlockParts]:
-        """The blocks in their order."""
+    def blocks(self) -> Sequence[Block]:
+        """The blocks in their order, layers counted from 0 in every list of one kind."""
         raise NotImplementedError
 
-    def call(self, *args: Any, **kwargs: Any) -> ModelCall:
-        """Read the arguments of the model's forward."""
+    def call(self, *args: Any, **kwargs: Any) -> ModelCall | None:
+        """Read the arguments of the model's forward; None for a call that is not one of a run's."""
         raise NotImplementedError
 
     def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
@@ -56,8 +60,8 @@ class Adapter:
         """
         raise NotImplementedError
 
-    def shape(self) -> tuple[int, float]:
-        """(heads, width of the MLP over C), for the count of FLOPs."""
+    def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
+        """FLOPs of what was done; `batch` is B of each module."""
         raise NotImplementedError
 
 

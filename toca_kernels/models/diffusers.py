@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..blocks.linear import hooked, plain
-from ..blocks.self_mlp import BlockParts, Norm
+from ..blocks.row_mlp import MLPParts, Norm
+from ..blocks.self_mlp import BlockParts, SelfMLP
+from ..flops import BlockShape, Flops
+from ..plan import Plan
 from .adapter import Adapter, ModelCall, find_attribute, lacking, width
 
 _BLOCK = (
@@ -45,23 +48,27 @@ class DiffusersDiT(Adapter):
                 return f"{at} without {' and '.join(extra)}"
         return ""
 
-    def blocks(self) -> list[BlockParts]:
-        return [_parts(block) for block in self.model.transformer_blocks]
+    def blocks(self) -> list[SelfMLP]:
+        blocks = self.model.transformer_blocks
+        return [SelfMLP(_parts(block), layer) for layer, block in enumerate(blocks)]
 
     def call(self, *args: Any, **kwargs: Any) -> ModelCall:
         names = ("hidden_states", "timestep", "class_labels")
         x, t, y = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
         patch = int(find_attribute(self.model, "config.patch_size") or self.model.patch_size)
-        return ModelCall(t, y, tuple(x.shape), (x.shape[-2] // patch, x.shape[-1] // patch))
+        return ModelCall(t, y, {"mlp": (x.shape[-2] // patch, x.shape[-1] // patch)})
 
     def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
         for block in self.model.transformer_blocks:
             yield _condition(block, timesteps, labels, like)
 
-    def shape(self) -> tuple[int, float]:
+    def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
         block = self.model.transformer_blocks[0]
         C = int(block.attn1.query_dim)
-        return int(block.attn1.heads), width(block.ff.net[0], default=4 * C) / C
+        ratio = width(block.ff.net[0], default=4 * C) / C
+        heads = int(block.attn1.heads)
+        shape = BlockShape(batch=batch["mlp"], channels=C, heads=heads, mlp_ratio=ratio)
+        return done.flops(shape)
 
 
 def _condition(block: Any, timesteps: Tensor, labels: Tensor, like: Tensor) -> Tensor:
@@ -88,10 +95,8 @@ def _parts(block: Any) -> BlockParts:
         block=block,
         hidden="hidden_states",
         attn=block.attn1,
-        mlp=block.ff,
-        norm1=lambda: Norm.of(block.norm1.norm),
-        norm2=lambda: Norm.of(block.norm3),
-        mlp_linears=lambda: _mlp_linears(block),
+        norm=lambda: Norm.of(block.norm1.norm),
+        mlp=MLPParts(block.ff, lambda: Norm.of(block.norm3), lambda: _mlp_linears(block)),
         modulation=lambda: block.norm1.linear,
         condition=condition,
     )

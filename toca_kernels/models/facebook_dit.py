@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..blocks.linear import activation_of, plain, unhooked
-from ..blocks.self_mlp import BlockParts, Norm
+from ..blocks.row_mlp import MLPParts, Norm
+from ..blocks.self_mlp import BlockParts, SelfMLP
+from ..flops import BlockShape, Flops
+from ..plan import Plan
 from .adapter import Adapter, ModelCall, find_attribute, lacking, width
 
 _MODEL = ("blocks", "t_embedder", "y_embedder", "x_embedder")
@@ -50,8 +53,8 @@ class FacebookDiT(Adapter):
                 return f"blocks.{layer}.adaLN_modulation as a Sequential"
         return ""
 
-    def blocks(self) -> list[BlockParts]:
-        return [_parts(block) for block in self.model.blocks]
+    def blocks(self) -> list[SelfMLP]:
+        return [SelfMLP(_parts(block), layer) for layer, block in enumerate(self.model.blocks)]
 
     def call(self, *args: Any, **kwargs: Any) -> ModelCall:
         x, t, y = (
@@ -59,7 +62,7 @@ class FacebookDiT(Adapter):
         )
         patch = find_attribute(self.model, "x_embedder.patch_size")
         rows, cols = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-        return ModelCall(t, y, tuple(x.shape), (x.shape[-2] // rows, x.shape[-1] // cols))
+        return ModelCall(t, y, {"mlp": (x.shape[-2] // rows, x.shape[-1] // cols)})
 
     def conditions(self, timesteps: Tensor, labels: Tensor, like: Tensor) -> Iterator[Tensor]:
         model = self.model
@@ -67,10 +70,13 @@ class FacebookDiT(Adapter):
         for block in model.blocks:
             yield _condition(block, c)
 
-    def shape(self) -> tuple[int, float]:
+    def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
         block = self.model.blocks[0]
         C = int(block.norm1.normalized_shape[0])
-        return int(block.attn.num_heads), width(block.mlp.fc1, default=4 * C) / C
+        ratio = width(block.mlp.fc1, default=4 * C) / C
+        heads = int(block.attn.num_heads)
+        shape = BlockShape(batch=batch["mlp"], channels=C, heads=heads, mlp_ratio=ratio)
+        return done.flops(shape)
 
 
 def _condition(block: Any, c: Tensor) -> Tensor:
@@ -89,10 +95,8 @@ def _parts(block: Any) -> BlockParts:
         block=block,
         hidden="x",
         attn=block.attn,
-        mlp=block.mlp,
-        norm1=lambda: Norm.of(block.norm1),
-        norm2=lambda: Norm.of(block.norm2),
-        mlp_linears=lambda: mlp_linears(block.mlp),
+        norm=lambda: Norm.of(block.norm1),
+        mlp=MLPParts(block.mlp, lambda: Norm.of(block.norm2), lambda: mlp_linears(block.mlp)),
         modulation=lambda: _modulation(block),
         condition=lambda x=None, c=None: _condition(block, c),
     )

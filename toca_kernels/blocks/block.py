@@ -1,0 +1,299 @@
+"""What all block families share: the state of a step, and the forward that replaces a block's own.
+
+A full step is the block's own forward.  A cached step is that too, unless a family knows better:
+the modules that the taps name return what is cached, and recompute only the rows that were
+selected.  So any block whose modules are called once each is served, whatever stands between them;
+a family composes the cached step from the fused ops instead, where it knows what stands there.
+
+Everything a block does in a step follows from its `state`, which the run sets before it calls the
+model.  A state holds tensors and plain values under the same names in every block, so torch.compile
+needs one graph for each kind of step, not one for each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Features, Layout, record_score
+from ..ops import QuantizedCache, store_rows
+from ..plan import Plan, is_module
+from . import linear
+from .capture import CapturedScores
+from .taps import Late, Tap, Tapped, taken_rows
+
+Attends = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+
+class Holder(Protocol):
+    """Makes the buffers of a block while its first step shows what they look like."""
+
+    def hold(self, module: str, layer: int, layout: Layout) -> tuple[Features, Tensor]: ...
+    def hold_score(self, module: str, layer: int, score: Tensor) -> Tensor: ...
+
+
+@dataclass
+class BlockState:
+    """What the step at hand asks of one block; keyed by the modules' names.
+
+    Attributes:
+        full: whether a module computes all tokens.
+        fused: whether full steps run through the ops.
+        selector: whose scores a full step must leave behind; None if nobody reads them.
+        features: the caches of this layer; dtypes: what they stand for, where they are 8 bits.
+        scores: (rows, N) of this layer, where the scores go.
+        index, inverse: (B, k) and (B, N) of this layer's selections.
+        refreshes: whether rows that are recomputed get new scores, too.
+        late: selections of this layer that wait for those.
+        every: (B, N), every token in its own place.
+        modulation: this step's row of a table made for all steps; None where there is none.
+        holder: makes `features` and `scores`, in the first step of a kind.
+    """
+
+    full: dict[str, bool]
+    fused: bool
+    selector: str | None = None
+    features: dict[str, Features] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    index: dict[str, Tensor] = field(default_factory=dict)
+    inverse: dict[str, Tensor] = field(default_factory=dict)
+    refreshes: bool = False
+    late: dict[str, Late] = field(default_factory=dict)
+    every: dict[str, Tensor] = field(default_factory=dict)
+    modulation: Tensor | None = None
+    holder: Holder | None = None
+
+
+class Block:
+    """One block of an enabled model: its replaced forwards, and what they keep.
+
+    Attributes:
+        layers: module -> the layer that this block is for it.
+        modules: those of them that are in the plan; the others are kept beside them, such as keys
+            and values of a text, which no step changes.
+        selectors: the selectors that the block has scores for; what its taps allow where None.
+        attends: of a block that attends in its own forward, in the order of its keys: the modules
+            that get what these receive as scores, and the modules with as many tokens.
+        composed: whether the family composes the step at hand; then taps only pass on.
+    """
+
+    fuses: ClassVar[bool] = False  # whether full steps can run through the ops
+
+    def __init__(
+        self,
+        block: nn.Module,
+        layers: Mapping[str, int],
+        taps: Sequence[Tap],
+        selectors: Sequence[str] | None = None,
+        attends: Attends = (),
+    ) -> None:
+        self.block = block
+        self.layers = dict(layers)
+        self.modules = tuple(name for name in layers if is_module(name))
+        self.attends = attends
+        self.selectors = tuple(selectors or self._selectors(taps))
+        self.composed = False
+        self.state: BlockState | None = None
+        self.kept: list[str] = []
+        self._hooked: tuple[Tapped, ...] = ()
+        self._own_forward = block.forward
+        self.taps = tuple(Tapped(self, tap) for tap in taps)
+
+    def __deepcopy__(self, memo: object) -> Block:
+        # The replaced forwards of a copy would run the modules of the original.
+        raise ValueError("deepcopy: expected a model that is not enabled; disable it first")
+
+    def _selectors(self, taps: Sequence[Tap]) -> list[str]:
+        crosses = any(tap.queries for tap in taps)
+        attends = bool(self.attends) or any(tap.keys for tap in taps)
+        return ["entropy"] * crosses + ["attention", "norm"] * attends + ["random"]
+
+    def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """(module, the forward that takes its place while the model is enabled)."""
+        tapped = ((one.tap.module, one.forward) for one in self.taps)
+        return [(self.block, self.forward), *tapped]
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of second copies of weights."""
+        return 0
+
+    def release(self) -> None:
+        """Give memory back, after `disable`."""
+
+    def scoring(self, selector: str) -> list[tuple[str, str]]:
+        """(module that leaves scores, module whose tokens they rank)."""
+        own = [(sources[0], name) for names, sources in self.attends for name in names]
+        return own + [
+            (one.tap.outputs[0], name) for one in self.taps for name in one.tap.scored(selector)
+        ]
+
+    def refreshed_by(self, name: str) -> str | None:
+        """The module whose recomputed rows give the tokens of this one new scores."""
+        for one in self.taps:
+            if name in one.tap.queries and name != one.tap.outputs[0]:
+                return one.tap.outputs[0]
+        return None
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that asks for what this family does not do."""
+        for one in self.taps:
+            if one.tap.cached == "picked":
+                self._check_together(plan, one.tap.outputs[0], one.tap.selection)
+            for name in one.tap.outputs if one.tap.cached in ("whole", "picked") else ():
+                if name in plan.k and plan.k[name][~plan.full[name]].any():
+                    raise ValueError(
+                        f"module_ratio: expected no ratio for {name!r}, whose output is reused "
+                        "whole in this model, got one"
+                    )
+
+    def _check_together(self, plan: Plan, one: str, other: str) -> None:
+        if (plan.full[one] != plan.full[other]).any():
+            raise ValueError(
+                f"module_interval: expected one interval for {one!r} and {other!r} of this model, "
+                "got two"
+            )
+
+    def prepare(self, *, prepack: bool) -> None:
+        """Before a run: look again at modules that may have been replaced or changed."""
+
+    def place(self, state: BlockState | None) -> None:
+        """Before and after a step."""
+        self.state = state
+        self._hooked = tuple(one for one in self.taps if linear.hooked(one.tap.module))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if state is None:  # called outside the model's forward: not part of a run
+            return self._own_forward(*args, **kwargs)
+        self.composed = self.composes(state, args, kwargs)
+        if self.composed:
+            return self.compose(state, args, kwargs)
+        return self._through_taps(state, args, kwargs)
+
+    def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:
+        """Whether this family has a way of its own for this step."""
+        return False
+
+    def compose(self, state: BlockState, args: Any, kwargs: Any) -> Any:
+        """The block from the ops: each module in full, or its fresh rows and its cache."""
+        raise NotImplementedError
+
+    def _through_taps(self, state: BlockState, args: Any, kwargs: Any) -> Any:
+        """The block's own forward: bit for bit in a full step.
+
+        Where a module has hooks, its tap in a full step is one too, and the last, so that it keeps
+        what the block sees: other hooks may change it.
+        """
+        self.kept = []
+        handles = [one.hook() for one in self._hooked]
+        try:
+            if self.attends and all(state.full.values()) and state.selector:
+                out = self._attended(state, args, kwargs)
+            else:
+                out = self._own_forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        full = all(state.full.values())
+        names = [
+            name for one in self.taps if full or not one.tap.inside for name in one.tap.outputs
+        ]
+        kept = [name for name in self.kept if name in names]
+        if sorted(kept) != sorted(names):
+            calls = ", ".join(f"{name} {kept.count(name)} times" for name in names)
+            raise RuntimeError(
+                f"layer {self.layers[names[0]]}: expected each of its modules to be called once, "
+                f"got {calls}; if modules were replaced, disable the model and enable it again"
+            )
+        return out
+
+    def _attended(self, state: BlockState, args: Any, kwargs: Any) -> Any:
+        """The block's own forward, in which it attends; the scores of its tokens stay behind."""
+        assert state.selector is not None
+        found: list[Tensor] = []
+        with CapturedScores(state.selector, found):
+            out = self._own_forward(*args, **kwargs)
+        if not found:
+            raise RuntimeError(
+                f"selector {state.selector!r}: {type(self.block).__name__} calls neither "
+                "scaled_dot_product_attention nor softmax; use selector='random'"
+            )
+        first = 0
+        for names, sources in self.attends:
+            tokens = sum(self.read_shape(state, source)[1] for source in sources)
+            for name in names:
+                self.record(state, name, found[-1][:, first : first + tokens])
+            first += tokens
+        return out
+
+    def record(self, state: BlockState, name: str, score: Tensor) -> None:
+        """Keep the scores of a module's tokens."""
+        if state.holder is not None:
+            state.scores[name] = state.holder.hold_score(name, self.layers[name], score)
+        if name in state.scores:  # else nothing selects there
+            record_score(state.scores[name], score)
+
+    def keeps_by_hook(self, tapped: Tapped) -> bool:
+        """Whether a tap is a hook in this step, because its module has others."""
+        return tapped in self._hooked
+
+    # --- caches -----------------------------------------------------------------------------
+
+    def layout(self, name: str, out: Tensor) -> Layout:
+        """What the cache of a module looks like that has returned `out`."""
+        return Layout.of(out)
+
+    def hold(self, state: BlockState, name: str, out: Tensor) -> Features:
+        """The cache of a module, made in the first step."""
+        if state.holder is not None:
+            state.features[name], state.every[name] = state.holder.hold(
+                name, self.layers[name], self.layout(name, out)
+            )
+        return state.features[name]
+
+    def write(self, state: BlockState, name: str, out: Tensor) -> None:
+        """Write all rows of a module's output to its cache."""
+        kept = self.hold(state, name, out)
+        shape = kept.values.shape if isinstance(kept, QuantizedCache) else kept.shape
+        if out.shape != shape:
+            raise RuntimeError(
+                f"{name} of layer {self.layers[name]}: expected to be called with all tokens, "
+                f"{tuple(shape)} in and out, got {tuple(out.shape)}"
+            )
+        if isinstance(kept, QuantizedCache):
+            store_rows(kept, out.contiguous())
+        else:
+            kept.copy_(out)
+
+    def read(self, state: BlockState, name: str) -> Tensor:
+        """What is cached of a module, in the dtype that it was written in."""
+        kept = state.features[name]
+        if isinstance(kept, QuantizedCache):
+            return (kept.values.float() * kept.scale[:, :, None]).to(state.dtypes[name])
+        return kept
+
+    def read_rows(self, state: BlockState, names: Sequence[str], index: Tensor) -> Tensor:
+        """The selected rows of what is cached of modules whose tokens follow each other."""
+        if len(names) > 1:
+            whole = torch.cat([self.read(state, name) for name in names], dim=1)
+            return taken_rows(whole, index)
+        kept = state.features[names[0]]
+        if isinstance(kept, QuantizedCache):
+            scale = kept.scale.gather(1, index)[:, :, None]
+            return (
+                taken_rows(kept.values.view(torch.int8), index).view(kept.values.dtype).float()
+                * scale
+            ).to(state.dtypes[names[0]])
+        return taken_rows(kept, index)
+
+    @staticmethod
+    def read_shape(state: BlockState, name: str) -> torch.Size:
+        """(B, N, C) of what is cached."""
+        kept = state.features[name]
+        return kept.values.shape if isinstance(kept, QuantizedCache) else kept.shape

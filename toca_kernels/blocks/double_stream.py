@@ -1,0 +1,112 @@
+"""Family double_stream: two residual streams that attend to each other, each with its own MLP.
+
+Members: FLUX (double stream blocks), HunyuanVideo, Qwen-Image, SD3 without dual attention.  A full
+step is the block's own forward.  A cached step is, for either stream,
+
+    x += gate_a * attention (from the cache);  x += gate_m * mlp(M(x))     of the selected tokens
+
+which is a cached step of self_mlp: three small kernels round two GEMMs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import Block, BlockState
+from .row_mlp import MLPParts, RowMLP
+from .taps import Tap
+
+# gate of the attention; shift, scale and gate of the MLP; each (B, C)
+Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class StreamParts:
+    """One stream of a concrete block.
+
+    Attributes:
+        name: "img" or "txt", the prefix of its modules in the plan.
+        hidden: (block's arguments) -> its hidden states, (B, N, C).
+        modulation: (block's arguments) -> what a cached step needs of its modulation.
+        mlp: its MLP and the norm in front.
+    """
+
+    name: str
+    hidden: Callable[..., Tensor]
+    modulation: Callable[..., Modulation]
+    mlp: MLPParts
+
+
+@dataclass(frozen=True)
+class DoubleParts:
+    """How a concrete block maps onto the family; the adapters in models/ fill it.
+
+    Attributes:
+        streams: the image's, then the text's.
+        pack: (image, text) -> what the block returns.
+        plain: (block's arguments) -> whether they ask for nothing else of the block.
+    """
+
+    block: nn.Module
+    streams: tuple[StreamParts, StreamParts]
+    pack: Callable[[Tensor, Tensor], Any]
+    plain: Callable[..., bool] = lambda *args, **kwargs: True
+
+
+class DoubleStream(Block):
+    def __init__(
+        self,
+        parts: DoubleParts,
+        layers: Mapping[str, int],
+        taps: Sequence[Tap],
+        attends: Any = (),
+    ) -> None:
+        super().__init__(parts.block, layers, taps, attends=attends)
+        self.parts = parts
+        self._mlps = [RowMLP(stream.mlp) for stream in parts.streams]
+
+    @property
+    def packed_nbytes(self) -> int:
+        return sum(mlp.packed_nbytes for mlp in self._mlps)
+
+    def release(self) -> None:
+        for mlp in self._mlps:
+            mlp.release()
+
+    def prepare(self, *, prepack: bool) -> None:
+        for mlp in self._mlps:
+            tapped = next(one for one in self.taps if one.tap.module is mlp.parts.module)
+            mlp.prepare(tapped, prepack=prepack)
+
+    def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:
+        return (
+            not any(state.full.values())
+            and not self._autocast(state)
+            and self.parts.plain(*args, **kwargs)
+        )
+
+    def _autocast(self, state: BlockState) -> bool:
+        """Modules return another dtype than the streams have."""
+        device = next(iter(state.index.values())).device.type if state.index else "cpu"
+        return torch.is_autocast_enabled(device)
+
+    def compose(self, state: BlockState, args: Any, kwargs: Any) -> Any:
+        out = []
+        for stream, mlp in zip(self.parts.streams, self._mlps, strict=True):
+            name = f"{stream.name}_mlp"
+            gate_a, shift, scale, gate = stream.modulation(*args, **kwargs)
+            out.append(
+                mlp.cached(
+                    stream.hidden(*args, **kwargs),
+                    (state.index[name], state.inverse[name]),
+                    (shift, scale, gate),
+                    state.features[name],
+                    (gate_a, state.features[f"{stream.name}_attn"]),
+                )
+            )
+        return self.parts.pack(*out)

@@ -1,0 +1,276 @@
+"""Taps: where a block's own forward shows what a module returned, or is handed what is cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Features
+from ..ops import QuantizedCache, select_tokens, store_rows
+from .capture import CapturedScores
+
+if TYPE_CHECKING:
+    from .block import Block, BlockState
+
+
+def _outputs(args: tuple[Any, ...], out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """How a module of a block is served.
+
+    Attributes:
+        module: what the block calls, once in a step.
+        outputs: the names in the plan of the tensors that it returns, in their order; of a text's
+            keys and values, names that no plan has.
+        cached: what a cached step does in its place:
+            "whole": return what is cached.
+            "rows": call it, a function of each row, for the selected rows; return the cache.
+            "rows_in": the same, and return these rows only: the block works on them.
+            "rows_out": call it, with the rows that "rows_in" has returned; return the cache.
+            "picked": return the selected rows of what is cached.
+            "seen": call it; a full step only looks on.
+        rows: the module whose selected rows are meant; the first output where None.
+        follows: the module whose full steps are the tap's; the first output where None.
+        keys: of an attention, in the order of its keys: the modules whose tokens they are, which
+            get what they receive as scores, and the positions of as many tokens in the outputs.
+        queries: of a cross-attention, the modules that are ranked by the entropy of its queries.
+        take: (positional arguments, what the call returned) -> the tensors to keep.
+        on_rows: called for "rows" instead of the module: (selected rows, selected rows of the
+            modules `beside`, ...) -> their outputs.
+    """
+
+    module: nn.Module
+    outputs: tuple[str, ...]
+    cached: str = "whole"
+    rows: str | None = None
+    follows: str | None = None
+    keys: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = ()
+    queries: tuple[str, ...] = ()
+    take: Callable[[tuple[Any, ...], Any], tuple[Tensor, ...]] = _outputs
+    on_rows: Callable[..., Tensor] | None = None
+    beside: tuple[str, ...] = ()
+
+    @property
+    def decides(self) -> str:
+        return self.follows or self.outputs[0]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the module is a part of another tap's, called only if that one is."""
+        return self.follows is not None or self.cached == "seen"
+
+    @property
+    def selection(self) -> str:
+        return self.rows or self.outputs[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that is kept for the tap."""
+        return (*self.outputs, self.entropy) if self.queries else self.outputs
+
+    @property
+    def entropy(self) -> str:
+        """The name of the (B, N, 1) entropy of each query, as it was last computed."""
+        return f"{self.outputs[0]}_entropy"
+
+    def scored(self, selector: str | None) -> tuple[str, ...]:
+        """The modules whose scores are found here."""
+        if selector == "entropy":
+            return self.queries
+        return tuple(name for names, _ in self.keys for name in names)
+
+
+class Tapped:
+    """The forward that takes the place of a tapped module's own.
+
+    `plain` says that nobody else had replaced it.
+    """
+
+    def __init__(self, block: Block, tap: Tap) -> None:
+        self.block = block
+        self.tap = tap
+        self.plain = "forward" not in vars(tap.module)
+        self._own = tap.module.forward
+
+    def __deepcopy__(self, memo: object) -> Tapped:
+        raise ValueError("deepcopy: expected a model that is not enabled; disable it first")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.block.state
+        if state is None:
+            return self._own(*args, **kwargs)
+        composed = self.block.composed  # then it is the block that keeps and selects
+        full = state.full[self.tap.decides]
+        if not full and not composed:
+            self.block.kept.extend(self.tap.outputs)
+            return self._cached(state, args, kwargs)
+        if full and state.selector and self.tap.scored(state.selector):
+            out = self._scored(state, args, kwargs)
+        else:
+            out = self._own(*args, **kwargs)
+        if full and not composed and self.tap.outputs and not self.block.keeps_by_hook(self):
+            self._keep(state, args, out)
+        return out
+
+    # --- full steps -------------------------------------------------------------------------
+
+    def hook(self) -> Any:
+        """Keep what the module returns after all of its other hooks."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            state = self.block.state
+            assert state is not None
+            if state.full[self.tap.decides] and self.tap.outputs:
+                self._keep(state, args, out)
+
+        return self.tap.module.register_forward_hook(keep)
+
+    def _keep(self, state: BlockState, args: tuple[Any, ...], out: Any) -> None:
+        taken = self.tap.take(args, out)
+        if len(taken) != len(self.tap.outputs):
+            raise RuntimeError(
+                f"{type(self.tap.module).__name__}: expected {len(self.tap.outputs)} outputs, "
+                f"{', '.join(self.tap.outputs)}, got {len(taken)}"
+            )
+        for name, one in zip(self.tap.outputs, taken, strict=True):
+            self.block.write(state, name, one)
+        self.block.kept.extend(self.tap.outputs)
+
+    def _scored(self, state: BlockState, args: Any, kwargs: Any) -> Any:
+        """The attention module's own forward; the scores of its tokens are left behind."""
+        tap = self.tap
+        assert state.selector is not None
+        found: list[Tensor] = []
+        with CapturedScores(state.selector, found):
+            out = self._own(*args, **kwargs)
+        if not found:
+            raise RuntimeError(
+                f"selector {state.selector!r}: {type(tap.module).__name__} of layer "
+                f"{self.block.layers[tap.outputs[0]]} calls neither scaled_dot_product_attention "
+                "nor softmax; use selector='random'"
+            )
+        taken = tap.take(args, out)
+        B, N = taken[0].shape[:2]
+        if state.selector == "entropy":
+            entropy = found[-1].reshape(B, N)
+            self.block.write(state, tap.entropy, entropy[:, :, None])
+            for name in tap.queries:
+                self.block.record(state, name, 1 + entropy)
+            return out
+        scores = found[-1]
+        if scores.shape[0] != B:  # a head at a time
+            scores = scores.unflatten(0, (B, -1)).mean(dim=1)
+        first = 0
+        for names, positions in tap.keys:
+            tokens = sum(taken[position].shape[1] for position in positions)
+            for name in names:
+                self.block.record(state, name, scores[:, first : first + tokens])
+            first += tokens
+        return out
+
+    # --- cached steps -----------------------------------------------------------------------
+
+    def _cached(self, state: BlockState, args: Any, kwargs: Any) -> Any:
+        tap = self.tap
+        if tap.cached == "seen":
+            return self._own(*args, **kwargs)
+        if tap.cached == "picked":
+            rows = self.block.read_rows(state, tap.outputs, state.index[tap.selection])
+            # All of them as the first one: the block puts them together again.
+            return (rows, *(rows[:, :0] for _ in tap.outputs[1:])) if tap.outputs[1:] else rows
+        features = [self.block.read(state, name) for name in tap.outputs]
+        whole = tuple(features) if len(features) > 1 else next(iter(features), None)
+        if tap.cached == "whole":
+            return whole
+        index = state.index[tap.selection]
+        if index.shape[1] == 0 and tap.cached != "rows_in":
+            return whole
+        if tap.cached == "rows_out":
+            rows = self._own(*args, **kwargs)
+        elif tap.on_rows is not None:
+            others = (self.block.read_rows(state, (name,), index) for name in tap.beside)
+            rows = tap.on_rows(
+                taken_rows(args[0] if args else kwargs["hidden_states"], index), *others
+            )
+        else:
+            args, kwargs = _with_rows(args, kwargs, index)
+            rows = self._refreshed(state, index, args, kwargs)
+        if tap.cached == "rows_in":
+            return rows
+        write_rows(state.features[tap.outputs[0]], rows, index)
+        return self.block.read(state, tap.outputs[0])
+
+    def _refreshed(self, state: BlockState, index: Tensor, args: Any, kwargs: Any) -> Any:
+        """The module's own forward for the selected rows; their entropy is new, too."""
+        if not self.tap.queries or not state.refreshes:
+            return self._own(*args, **kwargs)
+        found: list[Tensor] = []
+        with CapturedScores("entropy", found):
+            out = self._own(*args, **kwargs)
+        entropy = state.features[self.tap.entropy]
+        assert isinstance(entropy, Tensor)
+        entropy.scatter_(1, index[:, :, None], found[-1].reshape(*index.shape, 1))
+        for name in self.tap.queries:
+            self.block.record(state, name, 1 + entropy[:, :, 0])
+            if name in state.late:
+                state.index[name], state.inverse[name] = state.late[name].select(state.scores[name])
+        return out
+
+
+@dataclass
+class Late:
+    """A selection that waits for scores of the same step.
+
+    Attributes:
+        age: of the layer; k: for each row; settings: the other arguments of `select_tokens`.
+        nan: NaN scores are added here.
+        share_halves: whether both guidance halves get the selection.
+    """
+
+    age: Tensor
+    k: list[int]
+    settings: dict[str, Any]
+    nan: Tensor
+    share_halves: bool
+
+    def select(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        """(index (B, k), inverse (B, N))."""
+        selection = select_tokens(score, self.age, self.k, **self.settings)
+        self.nan += selection.nan.sum()
+        index, inverse = selection.rows(0, len(self.k))
+        return (index.repeat(2, 1), inverse.repeat(2, 1)) if self.share_halves else (index, inverse)
+
+
+def write_rows(features: Features, rows: Tensor, index: Tensor) -> None:
+    """features[b, index[b, j]] = rows[b, j]."""
+    if not isinstance(features, QuantizedCache):
+        features.scatter_(1, index[:, :, None].expand(-1, -1, rows.shape[2]), rows)
+        return
+    values, scale = features.values, features.scale
+    fresh = QuantizedCache(values.new_empty(rows.shape), scale.new_empty(rows.shape[:2]))
+    store_rows(fresh, rows.contiguous())
+    scale.scatter_(1, index, fresh.scale)
+    places = index[:, :, None].expand(-1, -1, rows.shape[2])
+    values.view(torch.int8).scatter_(1, places, fresh.values.view(torch.int8))
+
+
+def taken_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, j]], (B, k, C)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _with_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module, with the selected rows of its hidden states."""
+    if args:
+        return (taken_rows(args[0], index), *args[1:]), kwargs
+    name = next(name for name in ("hidden_states", "x") if name in kwargs)
+    return args, {**kwargs, name: taken_rows(kwargs[name], index)}

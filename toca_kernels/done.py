@@ -1,0 +1,57 @@
+"""Done: what the steps of a run did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from .plan import IntTable, Plan
+
+
+@dataclass
+class Done:
+    """What the steps of a run did, counted as they ran.
+
+    Attributes:
+        k: for each step, tokens that each module computed in each layer; N where it was full.
+        full: for each step, which layers of each module ran in full.
+        seconds: of each step, the model's forward.
+        batch, tokens: B and N of each module; empty before the first step.
+        nan: scores that were NaN.
+        cache_bytes, other_bytes, table_bytes: memory of the features, of scores, ages and
+            selections, and of the modulation table; the most that was held.
+        selections: where the run records them, the tokens that each step recomputed: None for a
+            full step, else (layers, B, N) bool for each module.
+    """
+
+    k: list[dict[str, list[int]]] = field(default_factory=list)
+    full: list[dict[str, list[bool]]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    batch: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    nan: int = 0
+    cache_bytes: int = 0
+    other_bytes: int = 0
+    table_bytes: int = 0
+    selections: list[dict[str, Tensor] | None] = field(default_factory=list)
+
+    def full_steps(self) -> list[bool]:
+        """Whether each step was full in every layer of every module."""
+        return [all(map(all, full.values())) for full in self.full]
+
+    def every(self) -> dict[str, IntTable]:
+        """k of the same steps without ToCa."""
+        return {name: np.full_like(k, self.tokens[name]) for name, k in self.plan().k.items()}
+
+    def plan(self) -> Plan:
+        """The tables of what was done."""
+        names = list(self.tokens)
+        return Plan(
+            num_steps=len(self.k),
+            num_layers={name: len(self.k[0][name]) for name in names},
+            num_tokens=dict(self.tokens),
+            full={name: np.array([full[name] for full in self.full]) for name in names},
+            k={name: np.array([k[name] for k in self.k], dtype=np.int64) for name in names},
+        )

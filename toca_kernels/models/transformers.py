@@ -1,0 +1,279 @@
+"""diffusers' text-to-image and text-to-video transformers, served through taps.
+
+`KINDS` says for each class of block which modules it calls, what their outputs are and in which
+order an attention has its keys.  All else (norms, modulation, gates, masks, rotary embeddings) is
+the block's own code, which runs in every step.  Blocks are recognised by the name of their class
+and by their modules, so a copy or a subclass works as the original does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import linear
+from ..blocks.block import Block
+from ..blocks.taps import Tap
+from ..flops import Flops
+from ..plan import Plan
+from .adapter import Adapter, ModelCall, find_attribute, lacking
+from .linear_flops import linear_flops
+
+_LISTS = (
+    "blocks",
+    "layers",
+    "transformer_blocks",
+    "temporal_transformer_blocks",
+    "joint_transformer_blocks",
+    "single_transformer_blocks",
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the blocks of one class are served.
+
+    Attributes:
+        needs: attributes that such a block has.
+        taps: (block, prefix of its modules' names) -> its taps.
+        ranked: whether scores can be taken from its attention; else tokens are chosen at random.
+    """
+
+    needs: tuple[str, ...]
+    taps: Callable[[Any, str], list[Tap]]
+    ranked: bool = True
+
+
+# --- the families --------------------------------------------------------------------------------
+
+
+def serial(prefix: str, attn: nn.Module, mlp: nn.Module, cross: Any = None) -> list[Tap]:
+    """x += attn(x); x += cross(x, text); x += mlp(x), whatever norms and gates are between."""
+    a, c, m = f"{prefix}attn", f"{prefix}cross_attn", f"{prefix}mlp"
+    ranked = (m,) if cross is None else (c, m)
+    taps = [Tap(attn, (a,), keys=((ranked, (0,)),)), Tap(mlp, (m,), "rows")]
+    if cross is not None:
+        taps.append(Tap(cross, (c,), "rows", queries=ranked))
+        for name, module in (("key", cross.to_k), ("value", cross.to_v)):
+            taps.append(Tap(module, (f"{prefix}text_{name}",), follows=c))
+    return taps
+
+
+def double(
+    attn: nn.Module,
+    img_mlp: nn.Module,
+    txt_mlp: nn.Module | None,
+    *,
+    text_first: bool,
+    dual: nn.Module | None = None,
+) -> list[Tap]:
+    """Two streams that attend to each other; the attention returns (image, text)."""
+    keys = [(("img_mlp",), (0,)), (() if txt_mlp is None else ("txt_mlp",), (1,))]
+    taps = [
+        Tap(attn, ("img_attn", "txt_attn"), keys=tuple(keys[::-1] if text_first else keys)),
+        Tap(img_mlp, ("img_mlp",), "rows"),
+    ]
+    if txt_mlp is not None:
+        taps.append(Tap(txt_mlp, ("txt_mlp",), "rows"))
+    if dual is not None:
+        taps.append(Tap(dual, ("dual_attn",)))
+    return taps
+
+
+def single(block: Any, outputs: tuple[str, ...] = ("single_attn",)) -> list[Tap]:
+    """x += proj_out([attn(x) | act(proj_mlp(x))])."""
+    positions = tuple(range(len(outputs)))
+    return [
+        Tap(
+            block.attn,
+            outputs,
+            "picked",
+            rows="single_mlp",
+            keys=((("single_mlp",), positions),),
+        ),
+        Tap(block.proj_mlp, (), "rows_in", rows="single_mlp", follows="single_mlp"),
+        Tap(block.proj_out, ("single_mlp",), "rows_out"),
+    ]
+
+
+def fused_single(block: Any) -> list[Tap]:
+    """FLUX.2: attn holds it all, [qkv | mlp] in one linear and [attention | mlp] in the other."""
+    attn = block.attn
+    C = attn.inner_dim
+
+    def on_rows(rows: Tensor, attention: Tensor) -> Tensor:
+        fused = attn.to_qkv_mlp_proj
+        if linear.plain(fused) and not torch.is_autocast_enabled(rows.device.type):
+            bias = None if fused.bias is None else fused.bias[3 * C :]
+            hidden = F.linear(rows, fused.weight[3 * C :], bias)
+        else:
+            hidden = fused(rows)[..., 3 * C :]
+        out: Tensor = attn.to_out(torch.cat([attention, attn.mlp_act_fn(hidden)], dim=-1))
+        return out
+
+    return [
+        Tap(
+            attn,
+            ("single_mlp",),
+            "rows",
+            keys=((("single_mlp",), (0,)),),
+            on_rows=on_rows,
+            beside=("single_attn",),
+        ),
+        Tap(attn.to_out, ("single_attn",), "seen", take=lambda args, out: (args[0][..., :C],)),
+    ]
+
+
+def _double(block: Any, text_first: bool) -> list[Tap]:
+    """`double` by the names that most blocks have for it."""
+    dual = getattr(block, "attn2", None)
+    return double(block.attn, block.ff, block.ff_context, text_first=text_first, dual=dual)
+
+
+_DOUBLE = ("attn", "ff")
+_TEXT_FIRST = Kind((*_DOUBLE, "ff_context"), lambda b, p: _double(b, text_first=True))
+_IMAGE_FIRST = Kind(_DOUBLE, lambda b, p: _double(b, text_first=False))
+_SINGLE = Kind(("attn", "proj_mlp", "proj_out"), lambda b, p: single(b))
+_CROSS = Kind(("attn1", "attn2.to_k", "ff"), lambda b, p: serial(p, b.attn1, b.ff, b.attn2))
+
+KINDS: dict[str, Kind] = {
+    "AllegroTransformerBlock": _CROSS,
+    "AuraFlowJointTransformerBlock": _TEXT_FIRST,
+    "AuraFlowSingleTransformerBlock": Kind(
+        ("attn", "ff"), lambda b, p: serial("single_", b.attn, b.ff)
+    ),
+    # ada_norm_single: PixArt, and Latte's two lists, of which one has no cross-attention.
+    "BasicTransformerBlock": Kind(
+        ("attn1", "ff", "scale_shift_table"), lambda b, p: serial(p, b.attn1, b.ff, b.attn2)
+    ),
+    "ChromaSingleTransformerBlock": _SINGLE,
+    "ChromaTransformerBlock": _TEXT_FIRST,
+    "CogVideoXBlock": Kind(
+        ("attn1", "ff"),
+        lambda b, p: [
+            Tap(b.attn1, ("img_attn", "txt_attn"), keys=((("mlp",), (1, 0)),)),
+            Tap(b.ff, ("mlp",), "rows"),  # of both streams, the text first
+        ],
+    ),
+    "Flux2SingleTransformerBlock": Kind(
+        ("attn.to_qkv_mlp_proj", "attn.to_out", "attn.mlp_act_fn"), lambda b, p: fused_single(b)
+    ),
+    "Flux2TransformerBlock": _TEXT_FIRST,
+    "FluxSingleTransformerBlock": _SINGLE,
+    "FluxTransformerBlock": _TEXT_FIRST,
+    "HunyuanVideo15TransformerBlock": _IMAGE_FIRST,
+    "HunyuanVideoSingleTransformerBlock": Kind(
+        _SINGLE.needs, lambda b, p: single(b, ("single_attn", "single_txt_attn"))
+    ),
+    "HunyuanVideoTransformerBlock": _IMAGE_FIRST,
+    "JointTransformerBlock": _IMAGE_FIRST,  # SD3
+    "LTXVideoTransformerBlock": _CROSS,
+    "Lumina2TransformerBlock": Kind(
+        ("attn", "feed_forward"), lambda b, p: serial(p, b.attn, b.feed_forward)
+    ),
+    # Its attention runs sample by sample, on the text that the mask admits.
+    "MochiTransformerBlock": Kind(
+        ("attn1", "ff"),
+        lambda b, p: double(b.attn1, b.ff, b.ff_context, text_first=False),
+        ranked=False,
+    ),
+    "QwenImageTransformerBlock": Kind(
+        ("attn", "img_mlp", "txt_mlp"),
+        lambda b, p: double(b.attn, b.img_mlp, b.txt_mlp, text_first=True),
+    ),
+    "WanTransformerBlock": Kind(
+        ("attn1", "attn2.to_k", "ffn"), lambda b, p: serial(p, b.attn1, b.ffn, b.attn2)
+    ),
+    "ZImageTransformerBlock": Kind(
+        ("attention", "feed_forward"), lambda b, p: serial(p, b.attention, b.feed_forward)
+    ),
+}
+
+
+# --- the adapter ---------------------------------------------------------------------------------
+
+
+class DiffusersTransformer(Adapter):
+    name = "diffusers transformer"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._served: list[Block] = []
+
+    @classmethod
+    def missing(cls, model: nn.Module) -> str:
+        blocks = _blocks(model)
+        if not blocks:
+            return f"one of {', '.join(_LISTS)} as a ModuleList that is not empty"
+        for at, _, block in blocks:
+            kind = _kind(block)
+            if kind is None:
+                return f"a block of a known class as {at} (it is {type(block).__name__})"
+            names = lacking(block, kind.needs)
+            if names:
+                return ", ".join(f"{at}.{name}" for name in names)
+        return ""
+
+    def blocks(self) -> Sequence[Block]:
+        layers: Counter[str] = Counter()
+        for _, prefix, block in _blocks(self.model):
+            kind = _kind(block)
+            assert kind is not None
+            taps = kind.taps(block, prefix)
+            names = [name for tap in taps for name in tap.names]
+            at = {name: layers[name] for name in names}
+            layers.update(names)
+            self._served.append(Block(block, at, taps, None if kind.ranked else ("random",)))
+        return self._served
+
+    def call(self, *args: Any, **kwargs: Any) -> ModelCall | None:
+        if kwargs.get("skip_layers") is not None:  # another network: not one of the run's steps
+            return None
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        # A timestep for each token: those of an image that is given stay at 0.
+        return ModelCall(t.amax() if t.ndim > 1 else t, None, self._grids(x), text)
+
+    def _grids(self, x: Tensor | list[Tensor]) -> dict[str, tuple[int, ...]]:
+        """Of latents that are not packed yet: (B, C, [frames,] rows, columns)."""
+        patch = find_attribute(self.model, "config.patch_size")
+        if not isinstance(x, Tensor) or x.ndim < 4 or patch is None:
+            return {}
+        sizes = x.shape[2:]
+        patches = (patch,) * len(sizes) if isinstance(patch, int) else tuple(patch)
+        frames = find_attribute(self.model, "config.patch_size_t")
+        if len(sizes) == 3 and isinstance(patch, int):
+            patches = (frames or 1, patch, patch)
+        if len(patches) != len(sizes):
+            return {}
+        grid = tuple(size // one for size, one in zip(sizes, patches, strict=True))
+        return dict.fromkeys(("mlp", "cross_attn", "img_mlp"), grid)
+
+    def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
+        return linear_flops(done, self._served, batch)
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
+    """(where it is, prefix of its modules' names, block) of the lists that a model has."""
+    found = [name for name in _LISTS if isinstance(getattr(model, name, None), nn.ModuleList)]
+    prefixes = dict.fromkeys(found, "")
+    if "temporal_transformer_blocks" in found:
+        prefixes |= {"transformer_blocks": "spatial_", "temporal_transformer_blocks": "temporal_"}
+    return [
+        (f"{name}.{layer}", prefixes[name], block)
+        for name in found
+        for layer, block in enumerate(getattr(model, name))
+    ]
+
+
+def _kind(block: nn.Module) -> Kind | None:
+    own = getattr(block, "_orig_mod", block)  # of a block that torch.compile has wrapped
+    names = (cls.__name__ for cls in type(own).__mro__)
+    return next((KINDS[name] for name in names if name in KINDS), None)
