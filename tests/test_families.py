@@ -7,6 +7,8 @@ from the paper's description (section 3.1), not from the package.
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib
 
 import pytest
 import torch
@@ -140,7 +142,8 @@ class CountRows(TorchFunctionMode):
         self.rows = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.linear and id(args[1]) in self.weights:
+        products = (torch.nn.functional.linear, torch.ops.toca.mlp_rows.default)
+        if func in products and id(args[1]) in self.weights:
             self.rows += args[0].shape[:-1].numel()
         return func(*args, **(kwargs or {}))
 
@@ -151,7 +154,7 @@ def test_the_work_done_is_the_plan(stock):
         pytest.skip("its single block reads a part of a fused linear")
     pipe = tiny()
     with (
-        toca.enabled(pipe, config(name)) as session,
+        toca.enabled(pipe, config(name, prepack=False)) as session,
         CountRows(tiny.blocks_of(pipe)) as counted,
     ):
         tiny.call(pipe, STEPS)
@@ -184,6 +187,27 @@ def test_a_run_leaves_nothing_to_the_next(stock):
     assert torch.equal(tiny.call(pipe, STEPS), untouched)
 
 
+COMPOSED = {
+    "flux": ("DoubleStream", "SingleStream"),
+    "flux_true_cfg": ("DoubleStream", "SingleStream"),
+    "sd3": ("Block", "DoubleStream"),  # the last block's text ends there
+    "qwenimage": ("DoubleStream",),
+    "hunyuan_video": ("DoubleStream", "SingleStream"),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_cached_steps_of_known_blocks_are_composed(name):
+    tiny = PIPELINES[name]
+    pipe = tiny()
+    with toca.enabled(pipe, config(name)) as session:
+        tiny.call(pipe, STEPS - 1)  # the last step is a cached one
+        blocks = session._blocks
+    kinds = {type(block).__name__: block.composed for block in blocks}
+    assert tuple(sorted(kinds)) == COMPOSED[name]
+    assert all(composed for kind, composed in kinds.items() if kind != "Block")
+
+
 def test_nothing_recomputed(stock):
     """FORA: every output is reused whole."""
     name, tiny = stock
@@ -212,3 +236,189 @@ def test_eight_bit_caches(stock, dtype):
         assert session.summary().cache_bytes < exact_bytes
     # Far less than caching itself costs, though not nothing.
     assert 0 < (out - exact).norm() < 0.5 * (exact - untouched).norm() + 0.02 * exact.norm()
+
+
+# --- the models' own repositories ----------------------------------------------------------------
+
+
+def published(name):
+    module = importlib.import_module(f"published.{name.split('_')[0]}")
+    if name == "pixart_ms":
+        return module.tiny(multi_scale=True), module.sample
+    return module.tiny(), module.sample
+
+
+PUBLISHED = {"pixart": "entropy", "pixart_ms": "entropy", "stdit": "entropy", "stdit3": "entropy"}
+PUBLISHED["flux"] = "attention"
+MODULES = {"mlp": 1.0, "cross_attn": 0.5}
+
+
+def attentions_of(model):
+    """What to hook for the attention, in each of the structures."""
+    for block in model.modules():
+        for name in ("attn", "attn_temp"):
+            if hasattr(block, "cross_attn") and hasattr(block, name):
+                yield getattr(block, name)
+        for name in ("img_attn", "txt_attn"):
+            if hasattr(block, name):
+                yield getattr(block, name).proj
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_full_steps_bit_for_bit(name):
+    model, sample = published(name)
+    before = sample(model, STEPS)
+    settings = {"interval": 1, "selector": PUBLISHED[name]}
+    with toca.enabled(model, toca.ToCaConfig(**settings), num_steps=STEPS) as session:
+        assert torch.equal(sample(model, STEPS), before)
+        assert session.summary().full_steps == STEPS
+    assert torch.equal(sample(model, STEPS), before)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "flux"])
+def test_published_every_token_recomputed(name):
+    model, sample = published(name)
+    untouched = sample(model, STEPS)
+    calls = [0]
+    handles = []
+    for attention in attentions_of(model):
+
+        def hook(module, args, out, kept=[None]):  # noqa: B006  # one for each hook
+            if (calls[0] - 1) % 3 == 0:
+                kept[:] = [out]
+            return kept[0]
+
+        handles.append(attention.register_forward_hook(hook))
+    own = model.forward
+
+    def forward(*args, **kwargs):
+        calls[0] += 1
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    expected = sample(model, STEPS)
+    del model.forward
+    for handle in handles:
+        handle.remove()
+    assert not close(expected, untouched)
+    config = toca.ToCaConfig(
+        interval=3, fresh_ratio=1.0, selector=PUBLISHED[name], module_ratio=ALL
+    )
+    with toca.enabled(model, config, num_steps=STEPS):
+        assert close(sample(model, STEPS), expected)
+        assert close(sample(model, STEPS), expected)
+
+
+class PlainFluxToCa:
+    """FLUX's cached step from the paper, k = N: attention reused behind its projection."""
+
+    def __init__(self, model):
+        self.model = model
+        self.calls = 0
+
+    def __enter__(self):
+        self.undo = []
+        for block in self.model.double_blocks:
+            self._patch(block, self._double(block, block.forward))
+        for block in self.model.single_blocks:
+            self._patch(block, self._single(block, block.forward))
+        return self
+
+    def __exit__(self, *_):
+        for block in self.undo:
+            del block.forward
+
+    def _patch(self, block, forward):
+        block.forward = forward
+        self.undo.append(block)
+
+    def _double(self, block, own):
+        kept = {}
+        for name in ("img", "txt"):
+            proj = getattr(block, f"{name}_attn").proj
+            proj.register_forward_hook(lambda m, args, out, name=name: kept.update({name: out}))
+
+        def forward(img, txt, vec, pe):
+            if self.full:
+                return own(img=img, txt=txt, vec=vec, pe=pe)
+            out = []
+            for name, x in (("img", img), ("txt", txt)):
+                attn, mlp = getattr(block, f"{name}_mod")(vec)
+                x = x + attn.gate * kept[name]
+                norm = getattr(block, f"{name}_norm2")
+                rows = (1 + mlp.scale) * norm(x) + mlp.shift
+                out.append(x + mlp.gate * getattr(block, f"{name}_mlp")(rows))
+            return tuple(out)
+
+        return forward
+
+    def _single(self, block, own):
+        kept = {}
+        C = block.hidden_size
+        block.linear2.register_forward_hook(
+            lambda m, args, out: kept.update(a=args[0][..., :C]) if self.full else None
+        )
+
+        def forward(x, vec, pe):
+            if self.full:
+                return own(x, vec=vec, pe=pe)
+            mod, _ = block.modulation(vec)
+            hidden = block.linear1((1 + mod.scale) * block.pre_norm(x) + mod.shift)[..., 3 * C :]
+            return x + mod.gate * block.linear2(torch.cat([kept["a"], block.mlp_act(hidden)], 2))
+
+        return forward
+
+    @property
+    def full(self):
+        return (self.calls - 1) % 3 == 0
+
+
+def test_flux_every_token_recomputed():
+    model, sample = published("flux")
+    untouched = sample(model, STEPS)
+    with PlainFluxToCa(copy.deepcopy(model)) as plain:
+        own = plain.model.forward
+
+        def forward(*args, **kwargs):
+            plain.calls += 1
+            return own(*args, **kwargs)
+
+        plain.model.forward = forward
+        expected = sample(plain.model, STEPS)
+    assert not close(expected, untouched)
+    config = toca.ToCaConfig(interval=3, fresh_ratio=1.0)
+    with toca.enabled(model, config, num_steps=STEPS):
+        assert close(sample(model, STEPS), expected)
+        assert close(sample(model, STEPS), expected)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_runs_repeat_and_end(name):
+    model, sample = published(name)
+    untouched = sample(model, STEPS)
+    config = toca.ToCaConfig(
+        interval=3, fresh_ratio=0.3, selector=PUBLISHED[name], module_ratio=MODULES
+    )
+    with toca.enabled(model, config, num_steps=STEPS) as session:
+        first = sample(model, STEPS)
+        assert torch.equal(sample(model, STEPS), first)
+        summary = session.summary()
+    assert (summary.full_steps, summary.cached_steps) == (2, 4)
+    assert not close(first, untouched, 1e-6)
+    assert torch.equal(sample(model, STEPS), untouched)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "steps"),
+    [("pixart", "pixart-dpm20", 20), ("stdit3", "opensora-rflow30", 30), ("flux", "flux-50", 50)],
+)
+def test_presets_run_as_planned(name, preset, steps):
+    model, sample = published(name)
+    config = toca.ToCaConfig.preset(preset)
+    with toca.enabled(model, config, num_steps=steps) as session:
+        out = sample(model, steps)
+        done = next(iter(session._run.branches.values())).done
+        plan = config.plan(num_steps=steps, num_layers=session._run.layers, num_tokens=done.tokens)
+        assert done.plan() == plan
+        assert torch.isfinite(out).all()
+        assert session.summary().flops_ratio > 1.3

@@ -133,6 +133,7 @@ class Branch:
         full = {name: done[name][block.layers[name]] for name in block.modules}
         state = BlockState(full, self.fused, self._selector(block))
         state.refreshes = self.run.config.selector == "entropy"
+        state.shared = self.run.config.share_cfg_selection
         if self.discovering:
             state.holder = _Discovery(self.cache)
             return state

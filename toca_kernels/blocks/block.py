@@ -48,7 +48,8 @@ class BlockState:
         scores: (rows, N) of this layer, where the scores go.
         index, inverse: (B, k) and (B, N) of this layer's selections.
         refreshes: whether rows that are recomputed get new scores, too.
-        late: selections of this layer that wait for those.
+        shared: whether both guidance halves get one selection.
+        late: selections of this layer that wait for new scores.
         every: (B, N), every token in its own place.
         modulation: this step's row of a table made for all steps; None where there is none.
         holder: makes `features` and `scores`, in the first step of a kind.
@@ -63,6 +64,7 @@ class BlockState:
     index: dict[str, Tensor] = field(default_factory=dict)
     inverse: dict[str, Tensor] = field(default_factory=dict)
     refreshes: bool = False
+    shared: bool = False
     late: dict[str, Late] = field(default_factory=dict)
     every: dict[str, Tensor] = field(default_factory=dict)
     modulation: Tensor | None = None

@@ -8,7 +8,9 @@ projections, norms or rotary embeddings before the call.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,14 +30,44 @@ class CapturedScores(TorchFunctionMode):
         selector: "attention" (attention that each key received, ToCa section 3.2), "entropy" (of
             each query's attention, the same section) or "norm" (values that are small rank high:
             the value norm of DuCa, arXiv 2412.18911).
-        found: where the scores go: (B, N) or (B * H, N), float32.  A list, because
-            torch.compile reads no attributes of a mode.
+        found: where the scores go: (B, N) or (B * H, N), float32, or the entropies of one sample
+            after the other.  A list, because torch.compile reads no attributes of a mode.
     """
 
     def __init__(self, selector: str, found: list[Tensor]) -> None:
         super().__init__()
         self.selector = selector
         self.found = found
+
+    def __enter__(self) -> CapturedScores:
+        self._xformers: Any = sys.modules.get("xformers.ops")
+        if self._xformers is not None and self.selector == "entropy":
+            self._own = self._xformers.memory_efficient_attention
+            self._xformers.memory_efficient_attention = self._packed
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._xformers is not None and self.selector == "entropy":
+            self._xformers.memory_efficient_attention = self._own
+
+    def _packed(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """xformers' attention of samples of different lengths, packed into (1, sum, H, D)."""
+        out = self._own(query, key, *args, **kwargs)
+        bias = kwargs.get("attn_bias")
+        ends: list[Any] = [getattr(bias, name, None) for name in ("q_seqinfo", "k_seqinfo")]
+        if None in ends:
+            raise RuntimeError(
+                "selector 'entropy': expected a block-diagonal attn_bias of xformers, got "
+                f"{type(bias).__name__}; use selector='random'"
+            )
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+        starts = [pairwise(info.seqstart_py) for info in ends]
+        for (q0, q1), (k0, k1) in zip(*starts, strict=True):
+            q, k = query[0, q0:q1].transpose(0, 1), key[0, k0:k1].transpose(0, 1)
+            self.found.append(_entropy(q, k, None, scale))
+        return out
 
     def __torch_function__(
         self,
@@ -116,7 +148,9 @@ def _received(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor
 
 
 def _entropy(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """attention_entropy, also under a mask that differs between queries."""
+    """attention_entropy, also under a mask that differs between queries, or of one sample."""
+    if q.ndim == 3:
+        q, k = q[None], k[None]
     if mask is None and q.shape[1] == k.shape[1]:
         _, lse = attention_with_lse(q, k, k, scale=scale)
         return attention_entropy(q, k, lse, scale=scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -159,10 +160,10 @@ class Tapped:
         taken = tap.take(args, out)
         B, N = taken[0].shape[:2]
         if state.selector == "entropy":
-            entropy = found[-1].reshape(B, N)
+            entropy = torch.cat([one.flatten() for one in found]).view(B, N)
             self.block.write(state, tap.entropy, entropy[:, :, None])
             for name in tap.queries:
-                self.block.record(state, name, 1 + entropy)
+                self.block.record(state, name, _rank(state) + entropy)
             return out
         scores = found[-1]
         if scores.shape[0] != B:  # a head at a time
@@ -216,9 +217,10 @@ class Tapped:
             out = self._own(*args, **kwargs)
         entropy = state.features[self.tap.entropy]
         assert isinstance(entropy, Tensor)
-        entropy.scatter_(1, index[:, :, None], found[-1].reshape(*index.shape, 1))
+        rows = torch.cat([one.flatten() for one in found]).view(*index.shape, 1)
+        entropy.scatter_(1, index[:, :, None], rows)
         for name in self.tap.queries:
-            self.block.record(state, name, 1 + entropy[:, :, 0])
+            self.block.record(state, name, _rank(state) + entropy[:, :, 0])
             if name in state.late:
                 state.index[name], state.inverse[name] = state.late[name].select(state.scores[name])
         return out
@@ -246,6 +248,15 @@ class Late:
         self.nan += selection.nan.sum()
         index, inverse = selection.rows(0, len(self.k))
         return (index.repeat(2, 1), inverse.repeat(2, 1)) if self.share_halves else (index, inverse)
+
+
+def _rank(state: BlockState) -> float:
+    """What is added to the entropy: the published score is 1 + H.
+
+    Halves that share a selection have the map of both, half of its weight on either text: ln 2 more
+    than the mean of their entropies.
+    """
+    return 1 + math.log(2) * state.shared
 
 
 def write_rows(features: Features, rows: Tensor, index: Tensor) -> None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import diffusers, facebook_dit, transformers
+from . import diffusers, facebook_dit, flux, opensora, pixart, transformers
 from .adapter import Adapter
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     facebook_dit.FacebookDiT,
     diffusers.DiffusersDiT,
     transformers.DiffusersTransformer,
+    pixart.PixArt,
+    opensora.STDiT,
+    opensora.STDiT3,
+    flux.Flux,
 )
 
 

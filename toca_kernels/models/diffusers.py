@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks.linear import hooked, plain
 from ..blocks.row_mlp import MLPParts, Norm
 from ..blocks.self_mlp import BlockParts, SelfMLP
 from ..flops import BlockShape, Flops
 from ..plan import Plan
 from .adapter import Adapter, ModelCall, find_attribute, lacking, width
+from .feed_forward import feed_forward_linears
 
 _BLOCK = (
     "norm1.emb.timestep_embedder",
@@ -103,17 +103,6 @@ def _parts(block: Any) -> BlockParts:
 
 
 def _mlp_linears(block: Any) -> tuple[nn.Linear, nn.Linear, str] | None:
-    """(fc1, fc2, activation) of a FeedForward if it is GELU(linear), dropout, linear."""
-    net = block.ff.net
-    gelu = net[0]
-    if (
-        len(net) != 3
-        or getattr(block, "_chunk_size", None) is not None
-        or type(gelu).__name__ != "GELU"
-        or not isinstance(net[1], nn.Dropout)
-        or any(hooked(module) for module in net)
-        or not plain(gelu.proj)
-        or not plain(net[2])
-    ):
-        return None
-    return gelu.proj, net[2], "gelu_tanh" if gelu.approximate == "tanh" else "gelu"
+    """None where the block cuts its tokens into chunks."""
+    chunked = getattr(block, "_chunk_size", None) is not None
+    return None if chunked else feed_forward_linears(block.ff)

@@ -8,22 +8,24 @@ and by their modules, so a copy or a subclass works as the original does.
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import linear
 from ..blocks.block import Block
 from ..blocks.taps import Tap
 from ..flops import Flops
 from ..plan import Plan
-from .adapter import Adapter, ModelCall, find_attribute, lacking
+from .adapter import Adapter, ModelCall, find_attribute, lacking, width
+from .families import double, numbered, serial, single
+from .flux import rows_of_linear
+from .flux_flops import flux_flops
 from .linear_flops import linear_flops
+from .streams import double_stream, qwen_double_stream, single_stream
 
 _LISTS = (
     "blocks",
@@ -43,63 +45,16 @@ class Kind:
         needs: attributes that such a block has.
         taps: (block, prefix of its modules' names) -> its taps.
         ranked: whether scores can be taken from its attention; else tokens are chosen at random.
+        make: (block, layers, taps) -> the block of a family that composes cached steps.
     """
 
     needs: tuple[str, ...]
     taps: Callable[[Any, str], list[Tap]]
     ranked: bool = True
+    make: Callable[[Any, Mapping[str, int], list[Tap]], Block] | None = None
 
 
-# --- the families --------------------------------------------------------------------------------
-
-
-def serial(prefix: str, attn: nn.Module, mlp: nn.Module, cross: Any = None) -> list[Tap]:
-    """x += attn(x); x += cross(x, text); x += mlp(x), whatever norms and gates are between."""
-    a, c, m = f"{prefix}attn", f"{prefix}cross_attn", f"{prefix}mlp"
-    ranked = (m,) if cross is None else (c, m)
-    taps = [Tap(attn, (a,), keys=((ranked, (0,)),)), Tap(mlp, (m,), "rows")]
-    if cross is not None:
-        taps.append(Tap(cross, (c,), "rows", queries=ranked))
-        for name, module in (("key", cross.to_k), ("value", cross.to_v)):
-            taps.append(Tap(module, (f"{prefix}text_{name}",), follows=c))
-    return taps
-
-
-def double(
-    attn: nn.Module,
-    img_mlp: nn.Module,
-    txt_mlp: nn.Module | None,
-    *,
-    text_first: bool,
-    dual: nn.Module | None = None,
-) -> list[Tap]:
-    """Two streams that attend to each other; the attention returns (image, text)."""
-    keys = [(("img_mlp",), (0,)), (() if txt_mlp is None else ("txt_mlp",), (1,))]
-    taps = [
-        Tap(attn, ("img_attn", "txt_attn"), keys=tuple(keys[::-1] if text_first else keys)),
-        Tap(img_mlp, ("img_mlp",), "rows"),
-    ]
-    if txt_mlp is not None:
-        taps.append(Tap(txt_mlp, ("txt_mlp",), "rows"))
-    if dual is not None:
-        taps.append(Tap(dual, ("dual_attn",)))
-    return taps
-
-
-def single(block: Any, outputs: tuple[str, ...] = ("single_attn",)) -> list[Tap]:
-    """x += proj_out([attn(x) | act(proj_mlp(x))])."""
-    positions = tuple(range(len(outputs)))
-    return [
-        Tap(
-            block.attn,
-            outputs,
-            "picked",
-            rows="single_mlp",
-            keys=((("single_mlp",), positions),),
-        ),
-        Tap(block.proj_mlp, (), "rows_in", rows="single_mlp", follows="single_mlp"),
-        Tap(block.proj_out, ("single_mlp",), "rows_out"),
-    ]
+# --- kinds of blocks -----------------------------------------------------------------------------
 
 
 def fused_single(block: Any) -> list[Tap]:
@@ -108,13 +63,8 @@ def fused_single(block: Any) -> list[Tap]:
     C = attn.inner_dim
 
     def on_rows(rows: Tensor, attention: Tensor) -> Tensor:
-        fused = attn.to_qkv_mlp_proj
-        if linear.plain(fused) and not torch.is_autocast_enabled(rows.device.type):
-            bias = None if fused.bias is None else fused.bias[3 * C :]
-            hidden = F.linear(rows, fused.weight[3 * C :], bias)
-        else:
-            hidden = fused(rows)[..., 3 * C :]
-        out: Tensor = attn.to_out(torch.cat([attention, attn.mlp_act_fn(hidden)], dim=-1))
+        hidden = attn.mlp_act_fn(rows_of_linear(attn.to_qkv_mlp_proj, rows, 3 * C))
+        out: Tensor = attn.to_out(torch.cat([attention, hidden], dim=-1))
         return out
 
     return [
@@ -139,8 +89,11 @@ def _double(block: Any, text_first: bool) -> list[Tap]:
 _DOUBLE = ("attn", "ff")
 _TEXT_FIRST = Kind((*_DOUBLE, "ff_context"), lambda b, p: _double(b, text_first=True))
 _IMAGE_FIRST = Kind(_DOUBLE, lambda b, p: _double(b, text_first=False))
+_ADA = ("norm1.linear", "norm1.silu", "norm1_context.linear", "norm2")
 _SINGLE = Kind(("attn", "proj_mlp", "proj_out"), lambda b, p: single(b))
 _CROSS = Kind(("attn1", "attn2.to_k", "ff"), lambda b, p: serial(p, b.attn1, b.ff, b.attn2))
+
+_BOTH = ("single_attn", "single_txt_attn")
 
 KINDS: dict[str, Kind] = {
     "AllegroTransformerBlock": _CROSS,
@@ -165,14 +118,32 @@ KINDS: dict[str, Kind] = {
         ("attn.to_qkv_mlp_proj", "attn.to_out", "attn.mlp_act_fn"), lambda b, p: fused_single(b)
     ),
     "Flux2TransformerBlock": _TEXT_FIRST,
-    "FluxSingleTransformerBlock": _SINGLE,
-    "FluxTransformerBlock": _TEXT_FIRST,
+    "FluxSingleTransformerBlock": replace(
+        _SINGLE,
+        needs=(*_SINGLE.needs, "act_mlp", "norm.linear"),
+        make=single_stream(text_first=True),
+    ),
+    "FluxTransformerBlock": replace(
+        _TEXT_FIRST,
+        needs=(*_TEXT_FIRST.needs, *_ADA),
+        make=double_stream(text_first_out=True),
+    ),
     "HunyuanVideo15TransformerBlock": _IMAGE_FIRST,
     "HunyuanVideoSingleTransformerBlock": Kind(
-        _SINGLE.needs, lambda b, p: single(b, ("single_attn", "single_txt_attn"))
+        (*_SINGLE.needs, "act_mlp", "norm.linear"),
+        lambda b, p: single(b, _BOTH),
+        make=single_stream(text_first=False, attention=_BOTH),
     ),
-    "HunyuanVideoTransformerBlock": _IMAGE_FIRST,
-    "JointTransformerBlock": _IMAGE_FIRST,  # SD3
+    "HunyuanVideoTransformerBlock": replace(
+        _IMAGE_FIRST,
+        needs=(*_IMAGE_FIRST.needs, *_ADA),
+        make=double_stream(text_first_out=False),
+    ),
+    "JointTransformerBlock": replace(  # SD3
+        _IMAGE_FIRST,
+        needs=(*_IMAGE_FIRST.needs, *_ADA),
+        make=double_stream(text_first_out=True),
+    ),
     "LTXVideoTransformerBlock": _CROSS,
     "Lumina2TransformerBlock": Kind(
         ("attn", "feed_forward"), lambda b, p: serial(p, b.attn, b.feed_forward)
@@ -186,6 +157,7 @@ KINDS: dict[str, Kind] = {
     "QwenImageTransformerBlock": Kind(
         ("attn", "img_mlp", "txt_mlp"),
         lambda b, p: double(b.attn, b.img_mlp, b.txt_mlp, text_first=True),
+        make=qwen_double_stream,
     ),
     "WanTransformerBlock": Kind(
         ("attn1", "attn2.to_k", "ffn"), lambda b, p: serial(p, b.attn1, b.ffn, b.attn2)
@@ -221,15 +193,12 @@ class DiffusersTransformer(Adapter):
         return ""
 
     def blocks(self) -> Sequence[Block]:
-        layers: Counter[str] = Counter()
+        served = []
         for _, prefix, block in _blocks(self.model):
             kind = _kind(block)
             assert kind is not None
-            taps = kind.taps(block, prefix)
-            names = [name for tap in taps for name in tap.names]
-            at = {name: layers[name] for name in names}
-            layers.update(names)
-            self._served.append(Block(block, at, taps, None if kind.ranked else ("random",)))
+            served.append((kind.taps(block, prefix), functools.partial(_made, block, kind)))
+        self._served = numbered(served)
         return self._served
 
     def call(self, *args: Any, **kwargs: Any) -> ModelCall | None:
@@ -257,7 +226,29 @@ class DiffusersTransformer(Adapter):
         return dict.fromkeys(("mlp", "cross_attn", "img_mlp"), grid)
 
     def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
-        return linear_flops(done, self._served, batch)
+        model = self.model
+        embed = find_attribute(model, "time_text_embed.text_embedder.linear_1")
+        if type(model).__name__ != "FluxTransformer2DModel" or embed is None:
+            return linear_flops(done, self._served, batch)
+        block = model.transformer_blocks[0]
+        C = model.x_embedder.out_features
+        return flux_flops(
+            done,
+            batch=batch["img_mlp"],
+            channels=C,
+            heads=block.attn.heads,
+            mlp_ratio=width(block.ff.net[0], default=4 * C) / C,
+            in_channels=model.x_embedder.in_features,
+            context_channels=model.context_embedder.in_features,
+            vector_channels=embed.in_features,
+            guidance=hasattr(model.time_text_embed, "guidance_embedder"),
+        )
+
+
+def _made(block: nn.Module, kind: Kind, layers: Mapping[str, int], taps: list[Tap]) -> Block:
+    if kind.make is not None:
+        return kind.make(block, layers, taps)
+    return Block(block, layers, taps, None if kind.ranked else ("random",))
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
