@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 import toca_kernels as toca
 from pipelines import PIPELINES
+from toca_kernels.blocks.capture import CapturedScores
+from toca_kernels.models.flux_flops import flux_flops
 
 STEPS = 6
 ALL = {"mlp": 1.0, "cross_attn": 1.0}
@@ -422,3 +427,55 @@ def test_presets_run_as_planned(name, preset, steps):
         assert done.plan() == plan
         assert torch.isfinite(out).all()
         assert session.summary().flops_ratio > 1.3
+
+
+def test_flops_of_flux_are_the_published_ones():
+    """74.39 TFLOPs a full step at 1024 x 1024; the published table multiplies that by 50."""
+    tokens = {"img": 4096, "txt": 512, "single": 4608}
+    layers = {"img": 19, "txt": 19, "single": 38}
+    names = [f"{stream}_{kind}" for stream in tokens for kind in ("attn", "mlp")]
+    shape = {
+        "num_steps": 50,
+        "num_layers": {name: layers[name.split("_")[0]] for name in names},
+        "num_tokens": {name: tokens[name.split("_")[0]] for name in names},
+    }
+    flux = {"batch": 1, "channels": 3072, "heads": 24, "mlp_ratio": 4.0, "guidance": True}
+    widths = {"in_channels": 64, "context_channels": 4096, "vector_channels": 768}
+    plan = toca.ToCaConfig.preset("flux-50").plan(**shape)
+    flops = flux_flops(plan, **flux, **widths)
+    assert round(flops.full_step * 1e-12, 2) * 50 == pytest.approx(3719.50)
+    assert flops.done * 1e-12 < 1263.22  # published, where every step projects the attention again
+
+
+# --- attention kernels that are not torch's ------------------------------------------------------
+
+
+def test_entropy_of_packed_xformers_attention(monkeypatch):
+    """With a stand-in for xformers, whose block-diagonal masks tell where samples begin."""
+    lengths = {"q": [0, 5, 12], "k": [0, 3, 7]}
+    bias = SimpleNamespace(
+        q_seqinfo=SimpleNamespace(seqstart_py=lengths["q"]),
+        k_seqinfo=SimpleNamespace(seqstart_py=lengths["k"]),
+    )
+    calls = []
+    ops = SimpleNamespace(memory_efficient_attention=lambda *a, **k: calls.append(a))
+    own = ops.memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    q, k = torch.randn(1, 12, 2, 8), torch.randn(1, 7, 2, 8)
+    found = []
+    with CapturedScores("entropy", found):
+        ops.memory_efficient_attention(q, k, k, attn_bias=bias)
+    assert ops.memory_efficient_attention is own
+    assert len(calls) == 1
+    for (q0, q1), (k0, k1), have in zip(
+        itertools.pairwise(lengths["q"]), itertools.pairwise(lengths["k"]), found, strict=True
+    ):
+        logits = torch.einsum("qhd,khd->hqk", q[0, q0:q1], k[0, k0:k1]) * 8**-0.5
+        mean = logits.softmax(dim=-1).mean(dim=0)
+        assert torch.allclose(have[0], -(mean * (mean + 1e-7).log()).sum(dim=-1), atol=1e-5)
+    with (
+        pytest.raises(RuntimeError, match="expected a block-diagonal attn_bias"),
+        CapturedScores("entropy", []),
+    ):
+        ops.memory_efficient_attention(q, k, k)
+    assert ops.memory_efficient_attention is own

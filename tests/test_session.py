@@ -32,9 +32,10 @@ from models import (
     tiny_model,
     tiny_pipeline,
 )
-from toca_kernels import ToCaConfig
+from toca_kernels import ToCaConfig, branch
 from toca_kernels.blocks.capture import CapturedScores
 from toca_kernels.flops import BlockShape
+from toca_kernels.ops import free_rows
 
 CONFIG = ToCaConfig(interval=3, fresh_ratio=0.3, grid=2, bonus=0.6)
 
@@ -659,3 +660,23 @@ def test_numpy_and_tensor_timesteps(model):
         with toca.enabled(model, CONFIG, timesteps=given) as session:
             sample(model, 8)
         assert session.summary().modulation_bytes > 0
+
+
+def test_where_all_rows_cost_no_more_than_some_all_are_recomputed(monkeypatch):
+    """The dense guard: as on a GPU, whose GEMM of a few rows reads the weights all the same."""
+    model = tiny_dit()
+    every = CONFIG.replace(fresh_ratio=1.0, step_slope=0.0, layer_slope=0.0)
+    expected, _ = run(model, every)
+    monkeypatch.setattr(branch, "free_rows", lambda device: 10**9)
+    latents, session = run(model, CONFIG.replace(step_slope=0.0))
+    assert torch.equal(latents, expected)
+    summary = session.summary()
+    assert summary.tokens_recomputed == summary.tokens_total
+    monkeypatch.setattr(branch, "free_rows", lambda device: 1)
+    _, session = run(model, CONFIG.replace(step_slope=0.0))
+    assert session.summary().tokens_recomputed < summary.tokens_total
+
+
+def test_on_a_cpu_time_follows_the_rows():
+    assert free_rows(torch.device("cpu")) == 0
+    assert free_rows(torch.device("cuda")) > 0

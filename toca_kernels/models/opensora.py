@@ -48,7 +48,7 @@ class STDiT(OpenSora):
 
     @classmethod
     def missing(cls, model: nn.Module) -> str:
-        names = lacking(model, ("blocks", "patch_size", "x_embedder", "y_embedder"))
+        names = lacking(model, ("blocks", "x_embedder", "y_embedder"))
         if names:
             return ", ".join(names)
         if len(model.blocks) == 0:  # type: ignore[arg-type]  # a list
@@ -78,7 +78,7 @@ class STDiT3(OpenSora):
 
     @classmethod
     def missing(cls, model: nn.Module) -> str:
-        names = lacking(model, ("spatial_blocks", "temporal_blocks", "patch_size"))
+        names = lacking(model, ("spatial_blocks", "temporal_blocks"))
         if names:
             return ", ".join(names)
         for kind in _LISTS:
