@@ -133,6 +133,7 @@ class Branch:
         full = {name: done[name][block.layers[name]] for name in block.modules}
         state = BlockState(full, self.fused, self._selector(block))
         state.refreshes = self.run.config.selector == "entropy"
+        state.partial = self.run.config.self_attention == "partial"
         state.shared = self.run.config.share_cfg_selection
         if self.discovering:
             state.holder = _Discovery(self.cache)
@@ -307,7 +308,8 @@ class Branch:
         t = t.to(self._call.timestep.dtype).repeat_interleave(len(labels))
         like = torch.empty(0, dtype=self.cache.tracks["attn"].layout.dtype, device=t.device)
         conditions = self.run.adapter.conditions(t, labels.repeat(len(steps)), like)
-        chunks = slice(None) if self.fused else CACHED_CHUNKS
+        every = self.fused or self.run.config.self_attention == "partial"
+        chunks = slice(None) if every else CACHED_CHUNKS
         self._tables = [
             block.modulate(condition, chunks)
             for block, condition in zip(blocks, conditions, strict=True)
@@ -399,8 +401,9 @@ class _Discovery:
         B, N, _ = layout.shape
         return self.cache.tracks[module].hold(layer, layout), self.cache.every(B, N)
 
-    def hold_score(self, module: str, layer: int, score: Tensor) -> Tensor:
+    def hold_score(self, scores: dict[str, Tensor], module: str, layer: int, score: Tensor) -> None:
         track = self.cache.tracks[module]
-        B, N = score.shape
-        track.hold_scores(B, N, score.device)
-        return track.score[layer]
+        if track.selects:
+            B, N = score.shape
+            track.hold_scores(B, N, score.device)
+            scores[module] = track.score[layer]

@@ -24,6 +24,7 @@ Selector = Literal["attention", "entropy", "random", "norm"]
 CountFrom = Literal["start", "end", "last_full"]
 FullSteps = Literal["exact", "fused"]
 CacheDtype = Literal["int8", "fp8"]
+SelfAttention = Literal["reuse", "partial"]
 
 # A factor of 1 - slope to 1 + slope is clamped to [0, 1] in the end; larger slopes only overflow.
 _MAX_FACTOR = 100.0
@@ -80,6 +81,9 @@ class ToCaConfig:
         share_cfg_selection: the two guidance halves of a batch select the same tokens.
         tabulate_modulation: gates, shifts and scales of all steps are computed once, before the
             run, in one GEMM per layer; False computes them in each step.
+        self_attention: "reuse" returns the attention of the last full step whole, as published.
+            "partial" recomputes it for the tokens that `module_ratio` grants to "attn", over the
+            kept keys and values of all tokens; for models without rotary embeddings.
         cache_dtype: "int8" or "fp8" (e4m3) keep cached outputs in 8 bits with one scale for each
             token, half the memory of bfloat16; None keeps the model's dtype.
         prepack: weights are laid out once for the backend that reads them; False reads them as
@@ -110,6 +114,7 @@ class ToCaConfig:
     full_steps: FullSteps = "exact"
     share_cfg_selection: bool = False
     tabulate_modulation: bool = True
+    self_attention: SelfAttention = "reuse"
     cache_dtype: CacheDtype | None = None
     prepack: bool = True
     seed: int = 0
@@ -134,6 +139,7 @@ class ToCaConfig:
         _choice("selector", self.selector, get_args(Selector))
         _choice("count_from", self.count_from, get_args(CountFrom))
         _choice("full_steps", self.full_steps, get_args(FullSteps))
+        _choice("self_attention", self.self_attention, get_args(SelfAttention))
         if self.cache_dtype is not None:
             _choice("cache_dtype", self.cache_dtype, get_args(CacheDtype))
         for name in ("decide_per_block", "share_cfg_selection", "tabulate_modulation", "prepack"):

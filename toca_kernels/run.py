@@ -61,12 +61,14 @@ class Run:
         self.graphs: Graphs | None = None
         self.branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
+        partial = config.self_attention == "partial"
         self._kept_layers = dict(
             Counter(
                 name
                 for block in blocks
                 for name in block.layers
-                if config.selector == "entropy" or not name.endswith("_entropy")
+                if (config.selector == "entropy" or not name.endswith("_entropy"))
+                and (partial or "_kept_" not in name)
             )
         )
         self._layouts: dict[Hashable, dict[str, list[Layout]]] = {}
@@ -110,7 +112,7 @@ class Run:
             num_steps=num_steps, num_layers=self.layers, num_tokens=dict(tokens)
         )
         for block in self.blocks:
-            block.check(plan)
+            block.check(plan, partial=self.config.self_attention == "partial")
         return plan
 
     def cache_for(self, signature: Hashable, device: torch.device) -> TokenCache:
@@ -128,7 +130,11 @@ class Run:
         cache = TokenCache(
             self._kept_layers,
             device,
-            selecting=[name for name in self.layers if module_kind(name) != "attn"],
+            selecting=[
+                name
+                for name in self.layers
+                if module_kind(name) != "attn" or config.self_attention == "partial"
+            ],
             beside=self._kept_layers.keys() - self.layers.keys(),
             cache_dtype=config.cache_dtype,
             share_halves=config.share_cfg_selection,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..cache import Features, Layout, record_score
 from ..ops import QuantizedCache, store_rows
-from ..plan import Plan, is_module
+from ..plan import Plan, is_module, module_kind
 from . import linear
 from .capture import CapturedScores
 from .taps import Late, Tap, Tapped, taken_rows
@@ -33,7 +33,9 @@ class Holder(Protocol):
     """Makes the buffers of a block while its first step shows what they look like."""
 
     def hold(self, module: str, layer: int, layout: Layout) -> tuple[Features, Tensor]: ...
-    def hold_score(self, module: str, layer: int, score: Tensor) -> Tensor: ...
+    def hold_score(
+        self, scores: dict[str, Tensor], module: str, layer: int, score: Tensor
+    ) -> None: ...
 
 
 @dataclass
@@ -48,6 +50,7 @@ class BlockState:
         scores: (rows, N) of this layer, where the scores go.
         index, inverse: (B, k) and (B, N) of this layer's selections.
         refreshes: whether rows that are recomputed get new scores, too.
+        partial: whether self-attention is recomputed for selected tokens.
         shared: whether both guidance halves get one selection.
         late: selections of this layer that wait for new scores.
         every: (B, N), every token in its own place.
@@ -64,6 +67,7 @@ class BlockState:
     index: dict[str, Tensor] = field(default_factory=dict)
     inverse: dict[str, Tensor] = field(default_factory=dict)
     refreshes: bool = False
+    partial: bool = False
     shared: bool = False
     late: dict[str, Late] = field(default_factory=dict)
     every: dict[str, Tensor] = field(default_factory=dict)
@@ -136,22 +140,33 @@ class Block:
         ]
 
     def refreshed_by(self, name: str) -> str | None:
-        """The module whose recomputed rows give the tokens of this one new scores."""
+        """The module whose recomputed rows give this one, which comes after it, new scores."""
         for one in self.taps:
-            if name in one.tap.queries and name != one.tap.outputs[0]:
+            behind = module_kind(name) == "mlp"
+            if behind and name in one.tap.queries:
                 return one.tap.outputs[0]
         return None
 
-    def check(self, plan: Plan) -> None:
-        """Refuse a plan that asks for what this family does not do."""
-        for one in self.taps:
-            if one.tap.cached == "picked":
-                self._check_together(plan, one.tap.outputs[0], one.tap.selection)
-            for name in one.tap.outputs if one.tap.cached in ("whole", "picked") else ():
+    def check(self, plan: Plan, *, partial: bool) -> None:
+        """Refuse a plan that asks for what this family does not do.
+
+        `partial` is self_attention="partial".
+        """
+        for tap in (one.tap for one in self.taps):
+            if tap.cached == "picked":
+                self._check_together(plan, tap.outputs[0], tap.selection)
+            if partial and tap.keys and not tap.rowwise:
+                raise ValueError(
+                    "self_attention: expected 'reuse' for this model, whose attention depends on "
+                    "where a token is (rotary embeddings) or joins two streams, got 'partial'"
+                )
+            if tap.cached not in ("whole", "picked") or (partial and tap.rowwise):
+                continue
+            for name in tap.outputs:
                 if name in plan.k and plan.k[name][~plan.full[name]].any():
                     raise ValueError(
                         f"module_ratio: expected no ratio for {name!r}, whose output is reused "
-                        "whole in this model, got one"
+                        "whole (self_attention='reuse'), got one"
                     )
 
     def _check_together(self, plan: Plan, one: str, other: str) -> None:
@@ -237,7 +252,7 @@ class Block:
     def record(self, state: BlockState, name: str, score: Tensor) -> None:
         """Keep the scores of a module's tokens."""
         if state.holder is not None:
-            state.scores[name] = state.holder.hold_score(name, self.layers[name], score)
+            state.holder.hold_score(state.scores, name, self.layers[name], score)
         if name in state.scores:  # else nothing selects there
             record_score(state.scores[name], score)
 

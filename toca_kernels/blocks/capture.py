@@ -38,9 +38,10 @@ class CapturedScores(TorchFunctionMode):
         super().__init__()
         self.selector = selector
         self.found = found
+        self._xformers: Any = None
 
     def __enter__(self) -> CapturedScores:
-        self._xformers: Any = sys.modules.get("xformers.ops")
+        self._xformers = sys.modules.get("xformers.ops")
         if self._xformers is not None and self.selector == "entropy":
             self._own = self._xformers.memory_efficient_attention
             self._xformers.memory_efficient_attention = self._packed

@@ -19,7 +19,7 @@ from ..plan import Plan
 from . import linear
 from .block import Block, BlockState
 from .row_mlp import MLPParts, Norm, RowMLP, normed_rows
-from .taps import Tap
+from .taps import Tap, write_rows
 
 SHIFT_A, SCALE_A, GATE_A, SHIFT_M, SCALE_M, GATE_M = range(6)
 CACHED_CHUNKS = slice(GATE_A, GATE_M + 1)  # what a cached step reads of the six
@@ -54,9 +54,10 @@ class SelfMLP(Block):
     fuses = True
 
     def __init__(self, parts: BlockParts, layer: int) -> None:
-        attn = Tap(parts.attn, ("attn",), keys=((("mlp",), (0,)),))
+        attn = Tap(parts.attn, ("attn",), keys=((("mlp",), (0,)),), rowwise=True)
         mlp = Tap(parts.mlp.module, ("mlp",), cached="rows")
-        super().__init__(parts.block, {"attn": layer, "mlp": layer}, (attn, mlp))
+        layers = dict.fromkeys((*attn.names, *mlp.names), layer)
+        super().__init__(parts.block, layers, (attn, mlp))
         self.parts = parts
         self._mlp = RowMLP(parts.mlp)
         self._norm = parts.norm()
@@ -69,8 +70,8 @@ class SelfMLP(Block):
     def release(self) -> None:
         self._mlp.release()
 
-    def check(self, plan: Plan) -> None:
-        super().check(plan)
+    def check(self, plan: Plan, *, partial: bool) -> None:
+        super().check(plan, partial=partial)
         self._check_together(plan, "attn", "mlp")
 
     def prepare(self, *, prepack: bool) -> None:
@@ -87,6 +88,8 @@ class SelfMLP(Block):
         return super().forward(*args, **kwargs)
 
     def layout(self, name: str, out: Tensor) -> Layout:
+        if name not in self.modules:
+            return super().layout(name, out)
         assert self._x is not None
         return Layout.of(self._x)  # under autocast a module's output differs from what it adds to
 
@@ -101,11 +104,22 @@ class SelfMLP(Block):
         x = self._hidden(args, kwargs)
         if state.full["attn"]:
             return self._fused(state, x, args, kwargs)
+        if state.partial:
+            self._attend(state, x, args, kwargs)
         gate_a, shift, scale, gate = self._modulation(state, x, args, kwargs, CACHED_CHUNKS)
         selection = (state.index["mlp"], state.inverse["mlp"])
         reuse = (gate_a, state.features["attn"])
         modulation = (shift, scale, gate)
         return self._mlp.cached(x, selection, modulation, state.features["mlp"], reuse)
+
+    def _attend(self, state: BlockState, x: Tensor, args: Any, kwargs: Any) -> None:
+        """The attention of the selected tokens, into its cache."""
+        index = state.index["attn"]
+        if index.shape[1] == 0:
+            return
+        shift, scale, *_ = self._modulation(state, x, args, kwargs, slice(None))
+        rows = normed_rows(self._norm, x.contiguous(), index, shift, scale, None)
+        write_rows(state.features["attn"], self.parts.attn(rows).to(x.dtype), index)
 
     def _fused(self, state: BlockState, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """A full step through the ops of a cached one, with every token selected."""

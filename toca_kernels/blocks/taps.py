@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..cache import Features
 from ..ops import QuantizedCache, select_tokens, store_rows
 from .capture import CapturedScores
+from .kept_keys import KeptKeys
 
 if TYPE_CHECKING:
     from .block import Block, BlockState
@@ -43,6 +44,8 @@ class Tap:
             get what they receive as scores, and the positions of as many tokens in the outputs.
         queries: of a cross-attention, the modules that are ranked by the entropy of its queries.
         take: (positional arguments, what the call returned) -> the tensors to keep.
+        rowwise: of an attention, whether it treats every token alike but for what it attends to: no
+            rotary embedding.  Then it can be recomputed for some of them.
         on_rows: called for "rows" instead of the module: (selected rows, selected rows of the
             modules `beside`, ...) -> their outputs.
     """
@@ -55,6 +58,7 @@ class Tap:
     keys: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = ()
     queries: tuple[str, ...] = ()
     take: Callable[[tuple[Any, ...], Any], tuple[Tensor, ...]] = _outputs
+    rowwise: bool = False
     on_rows: Callable[..., Tensor] | None = None
     beside: tuple[str, ...] = ()
 
@@ -73,8 +77,14 @@ class Tap:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that is kept for the tap."""
-        return (*self.outputs, self.entropy) if self.queries else self.outputs
+        """All that may be kept for the tap."""
+        entropy = (self.entropy,) if self.queries else ()
+        return (*self.outputs, *entropy, *(self.kept_keys if self.rowwise else ()))
+
+    @property
+    def kept_keys(self) -> tuple[str, str]:
+        """The names of an attention's keys and values, (B, N, H D)."""
+        return f"{self.outputs[0]}_kept_keys", f"{self.outputs[0]}_kept_values"
 
     @property
     def entropy(self) -> str:
@@ -85,7 +95,8 @@ class Tap:
         """The modules whose scores are found here."""
         if selector == "entropy":
             return self.queries
-        return tuple(name for names, _ in self.keys for name in names)
+        own = self.outputs if self.rowwise else ()
+        return (*own, *(name for names, _ in self.keys for name in names))
 
 
 class Tapped:
@@ -115,10 +126,28 @@ class Tapped:
         if full and state.selector and self.tap.scored(state.selector):
             out = self._scored(state, args, kwargs)
         else:
-            out = self._own(*args, **kwargs)
+            out = self._call(state, args, kwargs)
         if full and not composed and self.tap.outputs and not self.block.keeps_by_hook(self):
             self._keep(state, args, out)
         return out
+
+    def _call(self, state: BlockState, args: Any, kwargs: Any) -> Any:
+        """The module's own forward; an attention leaves its keys behind, or meets kept ones."""
+        if not (self.tap.rowwise and state.partial):
+            return self._own(*args, **kwargs)
+        full = state.full[self.tap.decides]
+        names = self.tap.kept_keys
+
+        def exchange(*pair: Tensor) -> Sequence[Tensor]:
+            for name, one in zip(names, pair, strict=True):
+                if full:
+                    self.block.write(state, name, one)
+                else:
+                    write_rows(state.features[name], one, state.index[self.tap.outputs[0]])
+            return pair if full else [self.block.read(state, name) for name in names]
+
+        with KeptKeys(exchange):
+            return self._own(*args, **kwargs)
 
     # --- full steps -------------------------------------------------------------------------
 
@@ -150,7 +179,7 @@ class Tapped:
         assert state.selector is not None
         found: list[Tensor] = []
         with CapturedScores(state.selector, found):
-            out = self._own(*args, **kwargs)
+            out = self._call(state, args, kwargs)
         if not found:
             raise RuntimeError(
                 f"selector {state.selector!r}: {type(tap.module).__name__} of layer "
@@ -168,6 +197,8 @@ class Tapped:
         scores = found[-1]
         if scores.shape[0] != B:  # a head at a time
             scores = scores.unflatten(0, (B, -1)).mean(dim=1)
+        if tap.rowwise:
+            self.block.record(state, tap.outputs[0], scores)
         first = 0
         for names, positions in tap.keys:
             tokens = sum(taken[position].shape[1] for position in positions)
@@ -188,7 +219,7 @@ class Tapped:
             return (rows, *(rows[:, :0] for _ in tap.outputs[1:])) if tap.outputs[1:] else rows
         features = [self.block.read(state, name) for name in tap.outputs]
         whole = tuple(features) if len(features) > 1 else next(iter(features), None)
-        if tap.cached == "whole":
+        if tap.cached == "whole" and not (tap.rowwise and state.partial):
             return whole
         index = state.index[tap.selection]
         if index.shape[1] == 0 and tap.cached != "rows_in":
@@ -211,7 +242,7 @@ class Tapped:
     def _refreshed(self, state: BlockState, index: Tensor, args: Any, kwargs: Any) -> Any:
         """The module's own forward for the selected rows; their entropy is new, too."""
         if not self.tap.queries or not state.refreshes:
-            return self._own(*args, **kwargs)
+            return self._call(state, args, kwargs)
         found: list[Tensor] = []
         with CapturedScores("entropy", found):
             out = self._own(*args, **kwargs)

@@ -20,18 +20,20 @@ def serial(
     *,
     text: Sequence[str] = ("to_k", "to_v"),
     ranked: bool = True,
+    rowwise: bool = False,
 ) -> list[Tap]:
     """x += attn(x); x += cross(x, text); x += mlp(x), whatever norms and gates are between.
 
     `text` names the linears of the cross-attention that read the text alone; `ranked` says that
-    the attention's keys are the tokens of the MLP, in the same order.
+    the attention's keys are the tokens of the MLP, in the same order; `rowwise` that nothing in the
+    attention depends on where a token is.
     """
     a, c, m = f"{prefix}attn", f"{prefix}cross_attn", f"{prefix}mlp"
     selecting = (m,) if cross is None else (c, m)
     keys = ((selecting, (0,)),) if ranked else ()
-    taps = [Tap(attn, (a,), keys=keys), Tap(mlp, (m,), "rows")]
+    taps = [Tap(attn, (a,), keys=keys, rowwise=rowwise), Tap(mlp, (m,), "rows")]
     if cross is not None:
-        taps.append(Tap(cross, (c,), "rows", queries=selecting))
+        taps.append(Tap(cross, (c,), "rows", queries=(*selecting, a) if rowwise else selecting))
         taps += [Tap(getattr(cross, n), (f"{prefix}text_{n}",), follows=c) for n in text]
     return taps
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..blocks.block import Block
+from ..blocks.taps import Tap
 from ..flops import BlockShape, Flops
 from ..plan import Plan
 from .adapter import Adapter, ModelCall, find_attribute, lacking, width
@@ -42,7 +43,7 @@ class PixArt(Adapter):
     def blocks(self) -> Sequence[Block]:
         return numbered(
             (
-                serial("", block.attn, block.mlp, block.cross_attn, text=("kv_linear",)),
+                _taps(block),
                 functools.partial(Block, block),
             )
             for block in self.model.blocks
@@ -69,6 +70,10 @@ class PixArt(Adapter):
             context_tokens=self._text_tokens,
         )
         return done.flops(shape)
+
+
+def _taps(block: Any) -> list[Tap]:
+    return serial("", block.attn, block.mlp, block.cross_attn, text=("kv_linear",), rowwise=True)
 
 
 def positional(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -103,7 +103,8 @@ KINDS: dict[str, Kind] = {
     ),
     # ada_norm_single: PixArt, and Latte's two lists, of which one has no cross-attention.
     "BasicTransformerBlock": Kind(
-        ("attn1", "ff", "scale_shift_table"), lambda b, p: serial(p, b.attn1, b.ff, b.attn2)
+        ("attn1", "ff", "scale_shift_table"),
+        lambda b, p: serial(p, b.attn1, b.ff, b.attn2, rowwise=not p),
     ),
     "ChromaSingleTransformerBlock": _SINGLE,
     "ChromaTransformerBlock": _TEXT_FIRST,
