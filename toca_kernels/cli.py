@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from . import __version__
 from ._backends import backends
-from .apps import bench
+from .apps import bench, check
 from .config import ToCaConfig
 from .flops import BlockShape
 
@@ -51,6 +51,10 @@ def _parser() -> _Parser:
     timing = commands.add_parser("bench", help="time every op here, beside its peers")
     bench.add_arguments(timing)
     timing.set_defaults(command=bench.run)
+
+    checking = commands.add_parser("check", help="is a model safe to cache: errors and times")
+    check.add_arguments(checking)
+    checking.set_defaults(command=check.run)
 
     commands.add_parser("aot", help="compile the Triton kernels for GPUs that need not be here")
 
