@@ -39,6 +39,8 @@ CUSTOM = ToCaConfig(
     tabulate_modulation=False,
     prepack=False,
     seed=7,
+    self_attention="partial",
+    cache_dtype="int8",
 )
 
 

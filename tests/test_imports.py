@@ -16,6 +16,7 @@ LAYERS = [
     ["cli"],
     ["apps"],
     ["__init__"],  # the public names
+    ["diffusers"],
     ["session"],
     ["summary"],
     ["graphs"],

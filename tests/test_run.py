@@ -691,3 +691,16 @@ def test_copying_the_weights_of_an_enabled_model(model):
     other = tiny_model("facebook" if hasattr(model, "blocks") else "diffusers")
     other.load_state_dict(weights)
     assert torch.equal(sample(other, STEPS), sample(model, STEPS))
+
+
+def test_an_input_of_another_dtype_costs_a_full_step_and_no_counts(model):
+    """As loops do whose scheduler returns float32 for noise in bfloat16."""
+    with toca.enabled(model, CONFIG, num_steps=STEPS) as session:
+        y = torch.tensor([3, 7])
+        for step, t in enumerate(timesteps(STEPS)):
+            x = torch.zeros(2, 4, 16, 16, dtype=torch.float32 if step else torch.bfloat16)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                call_model(model, x, torch.full((2,), t), y)
+        summary = session.summary()
+    assert summary.steps == STEPS
+    assert summary.full_steps >= 2

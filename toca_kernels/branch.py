@@ -34,6 +34,7 @@ class Branch:
         self.first = first
         self.last: float | None = None  # of the last step that was finished
         self.done = Done()
+        self._before = Done()  # of steps on other inputs
         self.cache: TokenCache = None  # type: ignore[assignment]  # made by the first step
         self.discovering = False  # whether the step at hand shows what the outputs look like
         self._signature: Hashable = None
@@ -66,8 +67,7 @@ class Branch:
 
     def _adopt(self, signature: Hashable) -> None:
         """Take a cache for inputs like this call's."""
-        if self.done.seconds:  # another image size: the counts of the two do not add up
-            self.done = Done()
+        self._before, self.done = self.done, Done()
         self._signature = signature
         self._adopted = self.position
         self._tables, self._rows = None, {}
@@ -92,6 +92,7 @@ class Branch:
         }
         self.done.batch = {name: layout[name][0].shape[0] for name in self.run.layers}
         self.done.tokens = tokens
+        self.done = self.done.after(self._before)
 
     def decide(self) -> None:
         """What the step does: the plan's word, or a full step where nothing is cached."""

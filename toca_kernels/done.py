@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -36,6 +36,20 @@ class Done:
     other_bytes: int = 0
     table_bytes: int = 0
     selections: list[dict[str, Tensor] | None] = field(default_factory=list)
+
+    def after(self, before: Done) -> Done:
+        """The steps before and these, where they are of as many tokens; else these alone."""
+        if (before.batch, before.tokens) != (self.batch, self.tokens):
+            return self
+        return replace(
+            self,
+            k=before.k + self.k,
+            full=before.full + self.full,
+            seconds=before.seconds + self.seconds,
+            cache_bytes=max(before.cache_bytes, self.cache_bytes),
+            other_bytes=max(before.other_bytes, self.other_bytes),
+            selections=before.selections + self.selections,
+        )
 
     def full_steps(self) -> list[bool]:
         """Whether each step was full in every layer of every module."""

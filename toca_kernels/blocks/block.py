@@ -116,7 +116,7 @@ class Block:
 
     def _selectors(self, taps: Sequence[Tap]) -> list[str]:
         crosses = any(tap.queries for tap in taps)
-        attends = bool(self.attends) or any(tap.keys for tap in taps)
+        attends = self.attends != () or any(tap.keys for tap in taps)
         return ["entropy"] * crosses + ["attention", "norm"] * attends + ["random"]
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -73,7 +74,9 @@ def width(module: nn.Module, default: int) -> int:
 
 def lacking(module: object, paths: Sequence[str]) -> list[str]:
     """Those of the dotted attribute paths that the module does not have."""
-    return [path for path in paths if find_attribute(module, path) is None]
+    with warnings.catch_warnings():  # diffusers warns of names that are in a model's config, too
+        warnings.simplefilter("ignore", FutureWarning)
+        return [path for path in paths if find_attribute(module, path) is None]
 
 
 def find_attribute(module: object, path: str) -> Any:
