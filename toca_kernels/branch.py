@@ -322,9 +322,9 @@ class Branch:
 
     def leave(self, seconds: float) -> None:
         """The step is done: count it."""
-        done, cache = self.done, self.cache
         if self.discovering:
             self._discovered()
+        done, cache = self.done, self.cache
         for name, full in done.full[-1].items():
             track = cache.tracks[name]
             track.valid = [was or now for was, now in zip(track.valid, full, strict=True)]
