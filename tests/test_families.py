@@ -198,6 +198,9 @@ COMPOSED = {
     "sd3": ("Block", "DoubleStream"),  # the last block's text ends there
     "qwenimage": ("DoubleStream",),
     "hunyuan_video": ("DoubleStream", "SingleStream"),
+    "pixart_alpha": ("SelfCrossMLP",),
+    "pixart_sigma": ("SelfCrossMLP",),
+    "wan": ("SelfCrossMLP",),
 }
 
 

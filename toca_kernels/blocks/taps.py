@@ -120,9 +120,11 @@ class Tapped:
             return self._own(*args, **kwargs)
         composed = self.block.composed  # then it is the block that keeps and selects
         full = state.full[self.tap.decides]
-        if not full and not composed:
+        if not full and (not composed or self.tap.follows):
             self.block.kept.extend(self.tap.outputs)
             return self._cached(state, args, kwargs)
+        if not full and self.tap.queries:  # composed: these are the selected rows
+            return self._refreshed(state, state.index[self.tap.selection], args, kwargs)
         if full and state.selector and self.tap.scored(state.selector):
             out = self._scored(state, args, kwargs)
         else:

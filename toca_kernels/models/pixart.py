@@ -13,6 +13,7 @@ from ..blocks.taps import Tap
 from ..flops import BlockShape, Flops
 from ..plan import Plan
 from .adapter import Adapter, ModelCall, find_attribute, lacking, width
+from .crossing import pixart_alpha
 from .families import numbered, serial
 
 _BLOCK = ("attn.qkv", "cross_attn.kv_linear", "mlp", "norm1", "norm2", "scale_shift_table")
@@ -44,7 +45,7 @@ class PixArt(Adapter):
         return numbered(
             (
                 _taps(block),
-                functools.partial(Block, block),
+                functools.partial(pixart_alpha, block),
             )
             for block in self.model.blocks
         )

@@ -20,6 +20,7 @@ from ..blocks.block import Block
 from ..blocks.taps import Tap
 from ..flops import Flops
 from ..plan import Plan
+from . import crossing
 from .adapter import Adapter, ModelCall, find_attribute, lacking, width
 from .families import double, numbered, serial, single
 from .flux import rows_of_linear
@@ -105,6 +106,7 @@ KINDS: dict[str, Kind] = {
     "BasicTransformerBlock": Kind(
         ("attn1", "ff", "scale_shift_table"),
         lambda b, p: serial(p, b.attn1, b.ff, b.attn2, rowwise=not p),
+        make=crossing.pixart,
     ),
     "ChromaSingleTransformerBlock": _SINGLE,
     "ChromaTransformerBlock": _TEXT_FIRST,
@@ -161,7 +163,9 @@ KINDS: dict[str, Kind] = {
         make=qwen_double_stream,
     ),
     "WanTransformerBlock": Kind(
-        ("attn1", "attn2.to_k", "ffn"), lambda b, p: serial(p, b.attn1, b.ffn, b.attn2)
+        ("attn1", "attn2.to_k", "ffn", "norm3", "scale_shift_table"),
+        lambda b, p: serial(p, b.attn1, b.ffn, b.attn2),
+        make=crossing.wan,
     ),
     "ZImageTransformerBlock": Kind(
         ("attention", "feed_forward"), lambda b, p: serial(p, b.attention, b.feed_forward)
