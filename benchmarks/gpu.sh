@@ -4,7 +4,8 @@
 # Everything that needs a GPU, in one run of at most 10 minutes: one result file for each part.
 #
 #     bash benchmarks/gpu.sh                    all parts
-#     bash benchmarks/gpu.sh sanitize ops       some of: build test sanitize ops block end_to_end
+#     bash benchmarks/gpu.sh sanitize ops       some of: build test sanitize ops block families
+#                                             end_to_end
 #     bash benchmarks/gpu.sh --force block      again, although it is done
 #
 # Results (.json, to be committed) and logs go to $OUT (benchmarks/results/gpu), $PYTHON is the
@@ -18,8 +19,8 @@ export PYTHON=${PYTHON:-python3}
 export OUT=${OUT:-benchmarks/results/gpu}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-readonly PARTS=(build test sanitize ops block end_to_end)
-declare -rA SECONDS_OF=([build]=50 [test]=160 [sanitize]=90 [ops]=90 [block]=110 [end_to_end]=100)
+readonly PARTS=(build test sanitize ops block families end_to_end)
+declare -rA SECONDS_OF=([build]=50 [test]=150 [sanitize]=80 [ops]=75 [block]=90 [families]=70 [end_to_end]=85)
 readonly LEFT_OUT=77 # status of a part that cannot run here, though nothing is wrong
 
 refuse() {
@@ -70,6 +71,15 @@ run_block() {
         --dtype bfloat16 --ratio 0.07 --repeats 20 --compile --json "$OUT/block.json"
 }
 
+run_families() {
+    if ! "$PYTHON" -c 'import diffusers'; then
+        echo "diffusers is not installed here, whose blocks are timed"
+        return "$LEFT_OUT"
+    fi
+    "$PYTHON" benchmarks/families.py --device cuda --seconds 1 --ratio preset 0.1 0.3 \
+        --rows flux-double pixart-1024 wan-1.3b flux-single pixart-512 --json "$OUT/families.json"
+}
+
 run_end_to_end() {
     "$PYTHON" benchmarks/end_to_end.py --device cuda --batch 2 8 64 --round-k-to 16 \
         --json "$OUT/end_to_end.json"
@@ -115,7 +125,7 @@ done
 mkdir -p "$OUT" || exit 2
 commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
 export LEFT_OUT
-export -f run_build run_test run_sanitize run_ops run_block run_end_to_end
+export -f run_build run_test run_sanitize run_ops run_block run_families run_end_to_end
 for part in "${chosen[@]}"; do run_part "$part"; done
 
 echo "=== $commit"

@@ -1,4 +1,6 @@
-"""Write the tables of README.md and docs/speed.md from benchmarks/results/*.json.
+"""Write the tables of README.md, docs/speed.md and docs/gpu.md from benchmarks/results.
+
+A page names a result as <!-- results: block_b --> or, of a GPU, <!-- results: gpu/block -->.
 
 --check only compares.
 
@@ -17,7 +19,7 @@ from timing import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "gpu.md")
 
 COLUMNS: dict[str, dict[str, str]] = {
     "block": {
@@ -31,6 +33,44 @@ COLUMNS: dict[str, dict[str, str]] = {
         "compiled naive speed-up": ".1f",
         "compiled full speed-up": ".2f",
         "efficiency": ".0%",
+        "graphed speed-up": ".1f",
+        "over naive, graphed": ".2f",
+        "over naive, compiled, graphed": ".2f",
+        "graphed efficiency": ".0%",
+    },
+    "families": {
+        "block": "",
+        "tokens": "",
+        "batch": "d",
+        "dtype": "",
+        "recomputed": "",
+        "FLOPs ratio": ".1f",
+        "speed-up": ".1f",
+        "int8 speed-up": ".1f",
+        "naive speed-up": ".1f",
+        "compiled naive speed-up": ".1f",
+        "compiled full speed-up": ".2f",
+        "efficiency": ".0%",
+        "graphed speed-up": ".1f",
+        "over naive, graphed": ".2f",
+        "over naive, compiled, graphed": ".2f",
+        "graphed efficiency": ".0%",
+        "full step": ".2f",
+        "cache MiB": ".0f",
+        "int8 cache MiB": ".0f",
+    },
+    "ops": {
+        "op": "",
+        "shape": "",
+        "dtype": "",
+        "backend": "",
+        "us": ".1f",
+        "graph us": ".1f",
+        "of a copy": ".0%",
+        "of a GEMM": ".0%",
+        "speed-up": ".2f",
+        "compiled speed-up": ".2f",
+        "over peers": "",
     },
     "end_to_end": {
         "model": "",
@@ -43,6 +83,11 @@ COLUMNS: dict[str, dict[str, str]] = {
         "naive speed-up": ".2f",
         "compiled speed-up": ".2f",
         "efficiency": ".0%",
+        "untouched, graphed speed-up": ".2f",
+        "exact, graphed speed-up": ".2f",
+        "fused, graphed speed-up": ".2f",
+        "graphed speed-up": ".2f",
+        "graphed efficiency": ".0%",
     },
 }
 
@@ -51,12 +96,15 @@ def rendered(name: str) -> str:
     """The table of one result file, with the command and the machine that made it."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     rows: list[dict[str, Any]] = result["rows"]
-    columns = {k: v for k, v in COLUMNS[result["benchmark"]].items() if k in rows[0]}
+    filled = {key for row in rows for key, value in row.items() if value is not None}
+    columns = {k: v for k, v in COLUMNS[result["benchmark"]].items() if k in filled}
     machine = result["machine"]
-    where = (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"commit {machine['commit']}"
+    device = (
+        f"{machine['device']}, CUDA {machine['cuda']}"
+        if "device" in machine
+        else f"{machine['cpu']}, {machine['threads']} threads"
     )
+    where = f"{device}, torch {machine['torch']}, commit {machine['commit']}"
     return f"`{result['command']}` ({where})\n\n{table(rows, columns)}"
 
 
@@ -66,7 +114,9 @@ def updated(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         return f"{match[1]}\n{rendered(match[2])}\n{match[3]}"
 
-    return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", replace, text, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- results: ([\w/]+) -->)\n.*?\n(<!-- end -->)", replace, text, flags=re.DOTALL
+    )
 
 
 def main() -> None:

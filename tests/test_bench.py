@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import diffusers
 from toca_kernels import native
 from toca_kernels.apps import bench, roofline, timing
 from toca_kernels.apps.bench import disagreement, measure
@@ -322,6 +323,70 @@ def test_tables_leave_out_what_is_missing():
 # --- the scripts ---------------------------------------------------------------------------------
 
 
+FAMILIES = ("flux-double", "flux-single", "pixart-1024", "wan-1.3b", "sd3.5-medium", "qwen-image")
+
+
+@pytest.fixture
+def tiny_family(request):
+    """A family's blocks, few and narrow, with its session and its peer."""
+    diffusers()
+    import families
+
+    tiny = "--tokens 64 --text 8 --heads 2 --dtype float32 --depth 2"
+    with torch.no_grad():
+        case = families.Case(families.FAMILIES[request.param], families.arguments(tiny.split()))
+        config = case.config(0.3, families.STEPS)
+        yield case, families.Ours(case, config), families.Naive(case, config)
+
+
+@pytest.mark.parametrize("tiny_family", FAMILIES, indirect=True)
+def test_a_family_has_a_peer_that_agrees(tiny_family):
+    import families
+
+    families.check(*tiny_family)
+    _, ours, peer = tiny_family
+    done = ours.session.summary()
+    assert (done.full_steps, done.cached_steps) == (1, 1)
+    assert all(0.25 <= ratio <= 0.3 for ratio in peer.ratio.values())
+
+
+@pytest.mark.parametrize("tiny_family", FAMILIES, indirect=True)
+def test_a_peer_that_forgets_its_fresh_rows_gets_no_time(tiny_family, monkeypatch):
+    import families
+
+    monkeypatch.setattr(
+        families.naive.Cache, "write", lambda self, name, index, rows: self.out[name]
+    )
+    with pytest.raises(SystemExit, match="differs from plain torch"):
+        families.check(*tiny_family)
+
+
+def test_families_without_diffusers(monkeypatch):
+    import family_blocks
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(RuntimeError, match="expected diffusers"):
+        family_blocks.build(family_blocks.FAMILIES["flux-double"], 2, 1, "cpu")
+
+
+def test_pages_show_results_of_both_devices(tmp_path, monkeypatch):
+    import readme
+
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    record = {"torch": "2.13", "commit": "abc", "cpu": "one", "threads": 2}
+    for place, machine in (("gpu/block", {"device": "H100", "cuda": "13.0"}), ("block", {})):
+        path = tmp_path / f"{place}.json"
+        rows = [{"block": "a", "graphed speed-up": None}, {"block": "b", "graphed speed-up": 4.0}]
+        timing.write(str(path), "block", rows, record | machine)
+    page = "<!-- results: {} -->\n<!-- end -->\n"
+    old = page.format("gpu/block").replace("<!-- end", "old\n<!-- end")
+    text = readme.updated(old)
+    assert "(H100, CUDA 13.0, torch 2.13, commit abc)" in text
+    assert "| block | graphed speed-up |" in text
+    assert readme.updated(text) == text
+    assert "(one, 2 threads, torch 2.13" in readme.rendered("block")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments"),
@@ -329,9 +394,12 @@ def test_tables_leave_out_what_is_missing():
         ("ops.py", "--tokens 16 --channels 32 --heads 2 --repeats 1"),
         ("block.py", "--size S --tokens 16 --batch 1 --dtype float32 --depth 1 --repeats 1"),
         ("end_to_end.py", "--size S --tokens 16 --batch 1 2 --depth 1 --steps 4 --dtype float32"),
+        ("families.py", "--tokens 64 --text 8 --heads 2 --dtype float32 --repeats 1 --depth 1"),
     ],
 )
 def test_the_benchmarks_run(script, arguments, tmp_path):
+    if script == "families.py":
+        diffusers()
     path = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARKS / script), "--device", "cpu", *arguments.split()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

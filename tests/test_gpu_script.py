@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-PARTS = ("build", "test", "sanitize", "ops", "block", "end_to_end")
+PARTS = ("build", "test", "sanitize", "ops", "block", "families", "end_to_end")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 
@@ -69,7 +69,7 @@ def test_every_part_runs_and_is_reported(machine):
     calls = machine.calls()
     assert any("pip install" in call and "--no-deps" in call for call in calls)
     assert any("pytest" in call and "-m gpu" in call for call in calls)
-    for name in ("ops", "block", "end_to_end"):
+    for name in ("ops", "block", "families", "end_to_end"):
         result = machine.out / f"{name}.json"
         assert any(f"{name}.py --device cuda" in c and str(result) in c for c in calls)
 
@@ -136,6 +136,13 @@ def test_without_a_gpu_it_says_so_and_does_nothing(machine):
     assert "run this on a machine with an NVIDIA GPU" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not machine.out.exists()
+
+
+def test_families_are_left_out_without_diffusers(machine):
+    done = machine.run("families", FAILING="import diffusers")
+    assert done.returncode == 0
+    assert "families: left out, diffusers is not installed here" in done.stdout
+    assert not any("families.py" in call for call in machine.calls())
 
 
 def test_an_unknown_part_is_refused(machine):
