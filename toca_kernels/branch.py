@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .blocks.block import Block, BlockState
 from .blocks.self_mlp import CACHED_CHUNKS, SelfMLP
@@ -33,14 +34,15 @@ class Branch:
         self.position = position
         self.first = first
         self.last: float | None = None  # of the last step that was finished
+        self.text_at: object = None  # where the text lies that the branch holds
         self.done = Done()
         self._before = Done()  # of steps on other inputs
         self.cache: TokenCache = None  # type: ignore[assignment]  # made by the first step
         self.discovering = False  # whether the step at hand shows what the outputs look like
         self._signature: Hashable = None
-        self._adopted = position
+        self.adopted = position
         self._now: float | None = None
-        self._call: ModelCall
+        self._call: ModelCall = None  # type: ignore[assignment]  # of the step at hand
         self._forced = False
         self._plan: Plan
         self._needs_score: dict[tuple[str, str], BoolTable] = {}
@@ -62,14 +64,14 @@ class Branch:
         if self._rows and timestep not in (None, self.run.timesteps[self.position]):
             self._rows = {}  # off the announced track: the table does not hold this step
         if self.cache is None or signature != self._signature:
-            self._adopt(signature)  # the call holds its text: no other gets its address
+            self.adopt(signature)  # the call holds its text: no other gets its address
         self.decide()
 
-    def _adopt(self, signature: Hashable) -> None:
+    def adopt(self, signature: Hashable) -> None:
         """Take a cache for inputs like this call's."""
         self._before, self.done = self.done, Done()
         self._signature = signature
-        self._adopted = self.position
+        self.adopted = self.position
         self._tables, self._rows = None, {}
         self.cache = self.run.cache_for(signature, self._call.timestep.device)
         self.discovering = not self.cache.layout
@@ -108,7 +110,7 @@ class Branch:
             self.done.full.append({name: row.tolist() for name, row in tables.items()})
             self.done.k.append({name: self._rows_of(name, row) for name, row in tables.items()})
             # The first step computes its own modulation, as it does where nothing is known yet.
-            if self.position > self._adopted and (self.fused or not self.done.full_steps()[-1]):
+            if self.position > self.adopted and (self.fused or not self.done.full_steps()[-1]):
                 self._tabulate()
         self._place()
 
@@ -256,15 +258,18 @@ class Branch:
         """In which layers scores come up while the block runs, before the module selects."""
         late = [False] * self.run.layers[name]
         for block in self.run.blocks:
-            source = block.refreshed_by(name) if self.run.config.selector == "entropy" else None
+            if name not in block.layers:
+                continue
+            selector = self.run.config.selector
+            source = block.ranked_by(name, selector) if selector != "random" else None
             if source is not None:
                 layer, from_layer = block.layers[name], block.layers[source]
                 full, k = self.done.full[-1], self.done.k[-1]
-                late[layer] = (
-                    not full[name][layer]
-                    and not full[source][from_layer]
-                    and k[source][from_layer] > 0
+                selects = not full[name][layer] and 0 < k[name][layer] < self.done.tokens[name]
+                refreshed = full[source][from_layer] or (
+                    selector == "entropy" and k[source][from_layer] > 0
                 )
+                late[layer] = selects and refreshed
         return late
 
     def _random(self, device: torch.device) -> torch.Generator:
@@ -371,9 +376,23 @@ class Branch:
         """Give the memory back; what was done stays to be read."""
         cache = self.cache
         self.cache = None  # type: ignore[assignment]
+        self._call = None  # type: ignore[assignment]
         self._tables, self._rows = None, {}
         if cache is not None:
             self.done.nan = int(cache.nan)
+
+    def has_text(self, text: Any) -> bool:
+        """Whether the last step was given the same text, wherever it lay."""
+        if self._call is None:  # the branch has come to its end
+            return False
+        mine, other = pytree.tree_leaves(self._call.text), pytree.tree_leaves(text)
+        return len(mine) == len(other) and all(
+            a.shape == b.shape
+            and a.device == b.device
+            and a.data_ptr() != b.data_ptr()  # there it would be the one that has been written to
+            and torch.equal(a, b)
+            for a, b in zip(mine, other, strict=True)
+        )
 
     def ran(self, timestep: float | None) -> bool:
         """Whether the last step was this one: then a call with other labels is its second half.

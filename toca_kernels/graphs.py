@@ -75,6 +75,11 @@ class StepGraphs:
     def nbytes(self) -> int:
         return self.recorder.nbytes
 
+    def release(self) -> None:
+        """Give the recorded steps back."""
+        self._records.clear()
+        self._warm.clear()
+
     def __len__(self) -> int:
         return len(self._records)
 

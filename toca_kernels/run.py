@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .blocks.block import Block
+from .blocks.block import Block, OtherLayout
 from .branch import Branch
 from .cache import Layout, TokenCache
 from .config import ToCaConfig
@@ -97,6 +97,7 @@ class Run:
         self.branches = {}
 
     def release(self) -> None:
+        self._kept.clear()
         for branch in self.branches.values():
             branch.release()
 
@@ -156,25 +157,40 @@ class Run:
         kwargs: dict[str, Any],
     ) -> object:
         """Run the model's own forward as the next step of the branch that `call` belongs to."""
-        branch = self._branch(call, self._signature(args, kwargs))
+        signature = self._signature(args, kwargs)
+        branch = self._branch(call, signature)
         started = time.perf_counter()
+        try:
+            out = self._forward(branch, forward, args, kwargs)
+        except OtherLayout:
+            # Lengths that masks tell and shapes do not: those of an earlier run do not hold.
+            if branch.discovering or branch.position != branch.adopted:
+                raise
+            self._layouts.pop(signature, None)
+            self._kept.pop(signature, None)
+            branch.adopt(signature)
+            branch.decide()
+            out = self._forward(branch, forward, args, kwargs)
+        branch.leave(time.perf_counter() - started)
+        # A branch that fell behind belongs to a run that was broken off in its first step, or to
+        # guidance that ended early.
+        self.branches = {k: b for k, b in self.branches.items() if branch.position - b.position < 2}
+        return out
+
+    def _forward(
+        self, branch: Branch, forward: Callable[..., object], args: Any, kwargs: Any
+    ) -> object:
         try:
             with _eager() if branch.discovering else contextlib.nullcontext():
                 if self.graphs is None:
-                    out = branch.forward(forward, args, kwargs)
-                else:
-                    out = self.graphs.call(branch, forward, args, kwargs)
+                    return branch.forward(forward, args, kwargs)
+                return self.graphs.call(branch, forward, args, kwargs)
         except BaseException:
             branch.abort()
             raise
         finally:
             for block in self.blocks:
                 block.place(None)
-        branch.leave(time.perf_counter() - started)
-        # A branch that fell behind belongs to a run that was broken off in its first step, or to
-        # guidance that ended early.
-        self.branches = {k: b for k, b in self.branches.items() if branch.position - b.position < 2}
-        return out
 
     def _signature(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
         """All that the shapes and dtypes of the modules' outputs depend on."""
@@ -184,9 +200,11 @@ class Run:
             if isinstance(leaf, Tensor) and leaf.ndim > 1
         ]
         weight = next(self.adapter.model.parameters())
-        kind = weight.device.type
+        # Not the weight's device: an offloaded weight is somewhere else until it is used.
+        kind = next((device.type for _, _, device in inputs), weight.device.type)
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return tuple(inputs), weight.dtype, weight.device, autocast
+        inference = torch.is_inference_mode_enabled()  # what it makes cannot be written outside
+        return tuple(inputs), weight.dtype, weight.device, autocast, inference
 
     def _branch(self, call: ModelCall, signature: Hashable) -> Branch:
         if self.num_steps is None:
@@ -198,7 +216,7 @@ class Run:
         # scaled and rounded on the way (two of FLUX in bfloat16 can be equal).
         counted = self.announced and call.text is not None
         timestep = None if counted else _read(call.timestep)
-        key = _branch_key(call)
+        key = self._key(call, timestep)
         branch = self.branches.get(key)
         if branch is None or self._restarts(branch, timestep):
             branch = self._open(key, timestep, counted=counted)
@@ -207,6 +225,19 @@ class Run:
                 f"num_steps: expected a run of {self.num_steps} steps, got one more, at timestep "
                 f"{timestep}; enable with the number of steps that you sample"
             )
+        if counted and self.ticks and not branch.position <= self.ticks < self.num_steps:
+            raise ValueError(
+                f"scheduler: expected the one that announced this run, which has taken "
+                f"{self.ticks} of {self.num_steps} steps, to lead step {branch.position}; after "
+                "replacing a pipeline's scheduler, or for another pipeline, disable and enable "
+                "again"
+            )
+        if call.text == () and timestep is not None and timestep == branch.last:
+            raise ValueError(
+                "guidance: expected both halves in one batch, as this model's own samplers have "
+                f"it, got a second call at timestep {timestep}"
+            )
+        branch.text_at = _branch_key(call)
         branch.enter(call, timestep, signature)
         return branch
 
@@ -225,11 +256,33 @@ class Run:
         if position == 0:
             for block in self.blocks:
                 block.prepare(prepack=self.config.prepack)
+        if peers and self.config.share_cfg_selection:
+            raise ValueError(
+                "share_cfg_selection: expected both guidance halves in one batch, got one call for "
+                "each; use share_cfg_selection=False"
+            )
         if position == 0 and counted and self.ticks < (self.num_steps or 0):
             position = self.ticks  # of a second model, which takes over in the middle of a run
         branch = Branch(self, position, first)
         self.branches = {**peers, key: branch}
         return branch
+
+    def _key(self, call: ModelCall, timestep: float | None) -> object:
+        """What tells guidance branches apart: the labels, or where they or the text live.
+
+        A text that was copied on its way to the model (to another device, by offloading hooks) is
+        known by what it says.
+        """
+        key = _branch_key(call)
+        if call.text is None:
+            return key
+        for known, branch in self.branches.items():
+            if branch.text_at == key:
+                return known
+        for known, branch in self.branches.items():
+            if not branch.ran(timestep) and branch.has_text(call.text):
+                return known
+        return object()  # an address that was another text's before tells nothing
 
     def _restarts(self, branch: Branch, timestep: float | None) -> bool:
         """Whether this call starts a new run of the branch rather than its next step."""
@@ -275,4 +328,9 @@ def _branch_key(call: ModelCall) -> object:
     if labels is not None and labels.device.type == "cpu":
         return tuple(labels.flatten().tolist())
     texts = pytree.tree_leaves(call.text if labels is None else labels)
-    return tuple((text.data_ptr(), tuple(text.shape)) for text in texts)
+    return tuple((text.data_ptr(), _version(text), tuple(text.shape)) for text in texts)
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes where a tensor is written to; inference tensors do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ class Session:
         self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps)
         self._run.graphs = self._graphs = graphs
         self.others: list[Session] = []
-        self._own_forward = model.forward
+        # Beneath the hook that accelerate's offloading puts on and takes off in every run.
+        self._forward_name = "_old_forward" if "_old_forward" in vars(model) else "forward"
+        self._own_forward = getattr(model, self._forward_name)
         self._undo: list[Callable[[], None]] = []
 
     def __deepcopy__(self, memo: object) -> Session:
@@ -112,7 +115,9 @@ class Session:
     # --- patching ---------------------------------------------------------------------------
 
     def _install(self, scheduler: object | None) -> None:
-        self._patch(self.model, "forward", self._forward)
+        self._patch(self.model, self._forward_name, self._forward)
+        if hasattr(self.model, "enable_cache"):  # diffusers refuses a second cache by this
+            self._patch(self.model, "_cache_config", self.config)
         for block in self._blocks:
             for module, forward in block.replacements():
                 self._patch(module, "forward", forward)
@@ -123,30 +128,22 @@ class Session:
 
     def _announcing(self, scheduler: Any) -> Callable[..., Any]:
         """The scheduler's set_timesteps, which now also announces a run."""
-        own = scheduler.set_timesteps
 
-        @functools.wraps(own)  # pipelines read its signature
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            out = own(*args, **kwargs)
+        def announce() -> None:
             timesteps = torch.as_tensor(scheduler.timesteps).tolist()
             self._run.begin(len(timesteps), timesteps)
-            return out
 
-        return set_timesteps
+        return _and_then(scheduler, "set_timesteps", announce)
 
     def _ticking(self, scheduler: Any) -> Callable[..., Any]:
         """The scheduler's step, which now also counts."""
-        own = scheduler.step
 
-        @functools.wraps(own)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            out = own(*args, **kwargs)
+        def tick() -> None:
             self._run.ticks += 1
-            return out
 
-        return step
+        return _and_then(scheduler, "step", tick)
 
-    def _patch(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
+    def _patch(self, target: Any, name: str, replacement: Any) -> None:
         """Set an attribute of the instance; `_uninstall` puts back what was there.
 
         What somebody else has set since then is theirs and stays.
@@ -155,12 +152,14 @@ class Session:
         before = attributes.get(name)
 
         def undo() -> None:
-            if attributes.get(name) is not replacement:
-                return
-            if before is None:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = before
+            # accelerate moves a forward to and fro between the two names.
+            moved = {"forward", "_old_forward"} if name in ("forward", "_old_forward") else {name}
+            for at in [at for at in moved if attributes.get(at) is replacement]:
+                attributes.pop(at)
+                if before is not None:
+                    attributes[at] = before
+                elif at == "_old_forward":  # what the hook is to call now
+                    attributes[at] = type(target).forward.__get__(target)
 
         attributes[name] = replacement
         self._undo.append(undo)
@@ -172,6 +171,8 @@ class Session:
             self._undo.pop()()
         self.model.__dict__.pop(_ATTRIBUTE, None)
         self._run.release()
+        if self._graphs is not None:
+            self._graphs.release()
         for block in self._blocks:
             block.release()
 
@@ -222,6 +223,25 @@ class Session:
 
     def _flops(self, done: Done) -> Flops:
         return self._adapter.flops(done.plan(), done.batch)
+
+
+def _and_then(target: Any, name: str, act: Callable[[], None]) -> Callable[..., Any]:
+    """The method of the target, which now also acts.
+
+    A deep copy of the target gets a method of its own, which does not: hence MethodType, which is
+    copied with what it is bound to.
+    """
+    own = getattr(target, name)
+    function = getattr(own, "__func__", None)
+
+    @functools.wraps(function or own)  # pipelines read its signature
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = function(self, *args, **kwargs) if function else own(*args, **kwargs)
+        if self is target:
+            act()
+        return out
+
+    return MethodType(method, target)
 
 
 def _mlp_tokens(done: Done, k: Mapping[str, Any]) -> int:
@@ -278,6 +298,12 @@ def enable(
         num_steps = len(timesteps) if num_steps is None else num_steps
         if len(timesteps) != num_steps:
             raise ValueError(f"timesteps: expected {num_steps}, got {len(timesteps)}")
+    for model in found:
+        if getattr(model, "_cache_config", None) is not None:
+            raise ValueError(
+                "model: expected one without another cache, got one with "
+                f"{type(model._cache_config).__name__}; call its disable_cache() first"
+            )
     sessions = [
         Session(
             model,

@@ -29,6 +29,10 @@ from .taps import Late, Tap, Tapped, taken_rows
 Attends = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 
 
+class OtherLayout(RuntimeError):
+    """A module's output is not as in earlier calls with inputs of the same shapes."""
+
+
 class Holder(Protocol):
     """Makes the buffers of a block while its first step shows what they look like."""
 
@@ -106,13 +110,18 @@ class Block:
         self.composed = False
         self.state: BlockState | None = None
         self.kept: list[str] = []
-        self._hooked: tuple[Tapped, ...] = ()
+        self._hooked = False
         self._own_forward = block.forward
         self.taps = tuple(Tapped(self, tap) for tap in taps)
 
     def __deepcopy__(self, memo: object) -> Block:
         # The replaced forwards of a copy would run the modules of the original.
         raise ValueError("deepcopy: expected a model that is not enabled; disable it first")
+
+    def __reduce__(self) -> Any:
+        raise ValueError(
+            "pickle: expected a model that is not enabled, or its state_dict; disable it first"
+        )
 
     def _selectors(self, taps: Sequence[Tap]) -> list[str]:
         crosses = any(tap.queries for tap in taps)
@@ -139,22 +148,25 @@ class Block:
             (one.tap.outputs[0], name) for one in self.taps for name in one.tap.scored(selector)
         ]
 
-    def refreshed_by(self, name: str) -> str | None:
-        """The module whose recomputed rows give this one, which comes after it, new scores."""
-        for one in self.taps:
-            behind = module_kind(name) == "mlp"
-            if behind and name in one.tap.queries:
-                return one.tap.outputs[0]
-        return None
+    def ranked_by(self, name: str, selector: str) -> str | None:
+        """The module that leaves this one's scores and comes before it in the block."""
+        if module_kind(name) != "mlp":
+            return None
+        return next((source for source, ranked in self.scoring(selector) if ranked == name), None)
 
     def check(self, plan: Plan, *, partial: bool) -> None:
         """Refuse a plan that asks for what this family does not do.
 
         `partial` is self_attention="partial".
         """
+        if self.attends:  # one forward for all of them
+            for name in self.modules[1:]:
+                self._check_together(plan, self.modules[0], name)
         for tap in (one.tap for one in self.taps):
-            if tap.cached == "picked":
-                self._check_together(plan, tap.outputs[0], tap.selection)
+            together = (*tap.outputs, *tap.beside, *((tap.rows,) if tap.rows else ()))
+            for name in together[1:]:
+                if together[0] in plan.full and name in plan.full:
+                    self._check_together(plan, together[0], name)
             if partial and tap.keys and not tap.rowwise:
                 raise ValueError(
                     "self_attention: expected 'reuse' for this model, whose attention depends on "
@@ -178,17 +190,20 @@ class Block:
 
     def prepare(self, *, prepack: bool) -> None:
         """Before a run: look again at modules that may have been replaced or changed."""
+        for one in self.taps:
+            one.check_in_place()
 
     def place(self, state: BlockState | None) -> None:
         """Before and after a step."""
         self.state = state
-        self._hooked = tuple(one for one in self.taps if linear.hooked(one.tap.module))
+        self._hooked = any(linear.hooked(one.tap.module) for one in self.taps)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
         if state is None:  # called outside the model's forward: not part of a run
             return self._own_forward(*args, **kwargs)
-        self.composed = self.composes(state, args, kwargs)
+        # What is cached is what a module's own forward returns: hooks act on it anew in each step.
+        self.composed = not self._hooked and self.composes(state, args, kwargs)
         if self.composed:
             return self.compose(state, args, kwargs)
         return self._through_taps(state, args, kwargs)
@@ -202,21 +217,12 @@ class Block:
         raise NotImplementedError
 
     def _through_taps(self, state: BlockState, args: Any, kwargs: Any) -> Any:
-        """The block's own forward: bit for bit in a full step.
-
-        Where a module has hooks, its tap in a full step is one too, and the last, so that it keeps
-        what the block sees: other hooks may change it.
-        """
+        """The block's own forward: bit for bit in a full step."""
         self.kept = []
-        handles = [one.hook() for one in self._hooked]
-        try:
-            if self.attends and all(state.full.values()) and state.selector:
-                out = self._attended(state, args, kwargs)
-            else:
-                out = self._own_forward(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        if self.attends and all(state.full.values()) and state.selector:
+            out = self._attended(state, args, kwargs)
+        else:
+            out = self._own_forward(*args, **kwargs)
         full = all(state.full.values())
         names = [
             name for one in self.taps if full or not one.tap.inside for name in one.tap.outputs
@@ -226,7 +232,8 @@ class Block:
             calls = ", ".join(f"{name} {kept.count(name)} times" for name in names)
             raise RuntimeError(
                 f"layer {self.layers[names[0]]}: expected each of its modules to be called once, "
-                f"got {calls}; if modules were replaced, disable the model and enable it again"
+                f"got {calls}; if modules were replaced, disable the model and enable it again, if "
+                "projections were fused, unfuse them"
             )
         return out
 
@@ -241,24 +248,58 @@ class Block:
                 f"selector {state.selector!r}: {type(self.block).__name__} calls neither "
                 "scaled_dot_product_attention nor softmax; use selector='random'"
             )
-        first = 0
-        for names, sources in self.attends:
-            tokens = sum(self.read_shape(state, source)[1] for source in sources)
-            for name in names:
-                self.record(state, name, found[-1][:, first : first + tokens])
-            first += tokens
+        sizes = [
+            (names, sum(self.read_shape(state, source)[1] for source in sources))
+            for names, sources in self.attends
+        ]
+        B = self.read_shape(state, self.attends[0][1][0])[0]
+        self.record_keys(state, found, B, sizes)
         return out
+
+    def record_keys(
+        self,
+        state: BlockState,
+        found: Sequence[Tensor],
+        B: int,
+        sizes: Sequence[tuple[Sequence[str], int]],
+    ) -> None:
+        """Keep what the keys of an attention received: (modules, tokens), in the keys' order.
+
+        A module may attend slice by slice of its samples and heads; calls on other tokens (of an
+        image prompt, say) are not its tokens' scores.
+        """
+        N = sum(tokens for _, tokens in sizes)
+        whole = [one for one in found if one.shape == (B, N)]
+        slices = [one for one in found if one.ndim == 3 and one.shape[2] == N]
+        rows = sum(len(one) for one in slices)
+        if whole:
+            scores = torch.stack(whole).mean(dim=0)
+        elif rows and rows % B == 0:
+            scores = torch.cat(slices).view(B, -1, N).mean(dim=1)
+        else:
+            raise RuntimeError(
+                f"selector {state.selector!r}: expected attention among the {N} tokens of {B} "
+                f"samples, got {[tuple(one.shape) for one in found]}; use selector='random'"
+            )
+        first = 0
+        for names, tokens in sizes:
+            for name in names:
+                self.record(state, name, scores[:, first : first + tokens])
+            first += tokens
 
     def record(self, state: BlockState, name: str, score: Tensor) -> None:
         """Keep the scores of a module's tokens."""
         if state.holder is not None:
             state.holder.hold_score(state.scores, name, self.layers[name], score)
         if name in state.scores:  # else nothing selects there
+            if state.scores[name].shape[1] != score.shape[1]:
+                raise OtherLayout(
+                    f"{name} of layer {self.layers[name]}: expected scores of "
+                    f"{state.scores[name].shape[1]} tokens, got {score.shape[1]}"
+                )
             record_score(state.scores[name], score)
-
-    def keeps_by_hook(self, tapped: Tapped) -> bool:
-        """Whether a tap is a hook in this step, because its module has others."""
-        return tapped in self._hooked
+        if name in state.late:
+            state.index[name], state.inverse[name] = state.late[name].select(state.scores[name])
 
     # --- caches -----------------------------------------------------------------------------
 
@@ -279,7 +320,7 @@ class Block:
         kept = self.hold(state, name, out)
         shape = kept.values.shape if isinstance(kept, QuantizedCache) else kept.shape
         if out.shape != shape:
-            raise RuntimeError(
+            raise OtherLayout(
                 f"{name} of layer {self.layers[name]}: expected to be called with all tokens, "
                 f"{tuple(shape)} in and out, got {tuple(out.shape)}"
             )

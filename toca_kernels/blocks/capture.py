@@ -30,8 +30,9 @@ class CapturedScores(TorchFunctionMode):
         selector: "attention" (attention that each key received, ToCa section 3.2), "entropy" (of
             each query's attention, the same section) or "norm" (values that are small rank high:
             the value norm of DuCa, arXiv 2412.18911).
-        found: where the scores go: (B, N) or (B * H, N), float32, or the entropies of one sample
-            after the other.  A list, because torch.compile reads no attributes of a mode.
+        found: where the scores go: (B, N), or (rows, 1, N) of some of the B * H heads, float32, or
+            the entropies of one sample after the other.  A list, because torch.compile reads no
+            attributes of a mode.
     """
 
     def __init__(self, selector: str, found: list[Tensor]) -> None:
@@ -78,13 +79,15 @@ class CapturedScores(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.unflatten:  # the compiler cannot trace the super() call in it
+            return torch.unflatten(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         out = func(*args, **kwargs)
         if func in _SOFTMAX and self.selector == "attention" and out.ndim in (3, 4):
             # An explicit map, (B, H, N, N) or (B * H, N, N): its column sums are the scores.
             received = out.sum(dim=-2, dtype=torch.float32)
-            self.found.append(received if out.ndim == 3 else received.mean(dim=1))
+            self.found.append(received[:, None] if out.ndim == 3 else received.mean(dim=1))
         return out
 
     def _attention(
@@ -106,6 +109,7 @@ class CapturedScores(TorchFunctionMode):
         q, k, v = query, key, value
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         plain = self.selector == "attention" and attn_mask is None and not enable_gqa
+        plain = plain and len(q) == len(k)
         device = q.device.type
         if plain and torch.is_autocast_enabled(device):  # casts inside the call, taken apart here
             dtype = torch.get_autocast_dtype(device)
@@ -118,6 +122,8 @@ class CapturedScores(TorchFunctionMode):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa
         )
+        if len(q) != len(k):  # one text serves the whole batch
+            k, v = (one.expand(len(q), *one.shape[1:]) for one in (k, v))
         if self.selector == "norm":
             length = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32).sum(dim=1)
             score = length.amax(dim=-1, keepdim=True) - length

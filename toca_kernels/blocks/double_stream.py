@@ -79,6 +79,7 @@ class DoubleStream(Block):
             mlp.release()
 
     def prepare(self, *, prepack: bool) -> None:
+        super().prepare(prepack=prepack)
         for mlp in self._mlps:
             tapped = next(one for one in self.taps if one.tap.module is mlp.parts.module)
             mlp.prepare(tapped, prepack=prepack)
@@ -102,7 +103,8 @@ class DoubleStream(Block):
             gate_a, shift, scale, gate = stream.modulation(*args, **kwargs)
             out.append(
                 mlp.cached(
-                    stream.hidden(*args, **kwargs),
+                    # One text may serve the whole batch until a block has modulated it.
+                    stream.hidden(*args, **kwargs).expand(state.index[name].shape[0], -1, -1),
                     (state.index[name], state.inverse[name]),
                     (shift, scale, gate),
                     state.features[name],

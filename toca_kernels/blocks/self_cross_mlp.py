@@ -60,6 +60,7 @@ class SelfCrossMLP(Block):
         self._mlp.release()
 
     def prepare(self, *, prepack: bool) -> None:
+        super().prepare(prepack=prepack)
         tapped = next(one for one in self.taps if one.tap.module is self.parts.mlp.module)
         self._mlp.prepare(tapped, prepack=prepack)
 

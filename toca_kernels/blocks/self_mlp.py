@@ -75,6 +75,7 @@ class SelfMLP(Block):
         self._check_together(plan, "attn", "mlp")
 
     def prepare(self, *, prepack: bool) -> None:
+        super().prepare(prepack=prepack)
         self._norm = self.parts.norm()
         self._mlp.prepare(self.taps[1], prepack=prepack)
 

@@ -62,6 +62,7 @@ class SingleStream(Block):
         self._norm = parts.norm()
 
     def prepare(self, *, prepack: bool) -> None:
+        super().prepare(prepack=prepack)
         self._norm = self.parts.norm()
 
     def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:

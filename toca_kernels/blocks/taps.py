@@ -110,9 +110,23 @@ class Tapped:
         self.tap = tap
         self.plain = "forward" not in vars(tap.module)
         self._own = tap.module.forward
+        named = block.block.named_modules()
+        self._path = next((path for path, module in named if module is tap.module), None)
 
     def __deepcopy__(self, memo: object) -> Tapped:
         raise ValueError("deepcopy: expected a model that is not enabled; disable it first")
+
+    def check_in_place(self) -> None:
+        """Refuse a module that was replaced or wrapped since, where what stands in its place is
+        given the rows of some tokens, or gives them on."""
+        if self.tap.cached in ("whole", "rows") or self._path is None:
+            return
+        now = self.block.block.get_submodule(self._path)
+        if now is not self.tap.module:
+            raise RuntimeError(
+                f"{self._path}: expected the module that the model was enabled with, got "
+                f"{type(now).__name__} in its place; disable the model and enable it again"
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.block.state
@@ -120,7 +134,7 @@ class Tapped:
             return self._own(*args, **kwargs)
         composed = self.block.composed  # then it is the block that keeps and selects
         full = state.full[self.tap.decides]
-        if not full and (not composed or self.tap.follows):
+        if not full and (not composed or (self.tap.follows and self.tap.cached == "whole")):
             self.block.kept.extend(self.tap.outputs)
             return self._cached(state, args, kwargs)
         if not full and self.tap.queries:  # composed: these are the selected rows
@@ -129,7 +143,7 @@ class Tapped:
             out = self._scored(state, args, kwargs)
         else:
             out = self._call(state, args, kwargs)
-        if full and not composed and self.tap.outputs and not self.block.keeps_by_hook(self):
+        if full and not composed and self.tap.outputs:
             self._keep(state, args, out)
         return out
 
@@ -152,17 +166,6 @@ class Tapped:
             return self._own(*args, **kwargs)
 
     # --- full steps -------------------------------------------------------------------------
-
-    def hook(self) -> Any:
-        """Keep what the module returns after all of its other hooks."""
-
-        def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            state = self.block.state
-            assert state is not None
-            if state.full[self.tap.decides] and self.tap.outputs:
-                self._keep(state, args, out)
-
-        return self.tap.module.register_forward_hook(keep)
 
     def _keep(self, state: BlockState, args: tuple[Any, ...], out: Any) -> None:
         taken = self.tap.take(args, out)
@@ -191,22 +194,17 @@ class Tapped:
         taken = tap.take(args, out)
         B, N = taken[0].shape[:2]
         if state.selector == "entropy":
-            entropy = torch.cat([one.flatten() for one in found]).view(B, N)
+            entropy = _entropies(found, B, N)
             self.block.write(state, tap.entropy, entropy[:, :, None])
             for name in tap.queries:
                 self.block.record(state, name, _rank(state) + entropy)
             return out
-        scores = found[-1]
-        if scores.shape[0] != B:  # a head at a time
-            scores = scores.unflatten(0, (B, -1)).mean(dim=1)
-        if tap.rowwise:
-            self.block.record(state, tap.outputs[0], scores)
-        first = 0
-        for names, positions in tap.keys:
-            tokens = sum(taken[position].shape[1] for position in positions)
-            for name in names:
-                self.block.record(state, name, scores[:, first : first + tokens])
-            first += tokens
+        own = tap.outputs if tap.rowwise else ()
+        sizes = [
+            ((*own, *names), sum(taken[p].shape[1] for p in positions))
+            for names, positions in tap.keys
+        ]
+        self.block.record_keys(state, found, B, sizes)
         return out
 
     # --- cached steps -----------------------------------------------------------------------
@@ -250,12 +248,9 @@ class Tapped:
             out = self._own(*args, **kwargs)
         entropy = state.features[self.tap.entropy]
         assert isinstance(entropy, Tensor)
-        rows = torch.cat([one.flatten() for one in found]).view(*index.shape, 1)
-        entropy.scatter_(1, index[:, :, None], rows)
+        entropy.scatter_(1, index[:, :, None], _entropies(found, *index.shape)[:, :, None])
         for name in self.tap.queries:
             self.block.record(state, name, _rank(state) + entropy[:, :, 0])
-            if name in state.late:
-                state.index[name], state.inverse[name] = state.late[name].select(state.scores[name])
         return out
 
 
@@ -281,6 +276,24 @@ class Late:
         self.nan += selection.nan.sum()
         index, inverse = selection.rows(0, len(self.k))
         return (index.repeat(2, 1), inverse.repeat(2, 1)) if self.share_halves else (index, inverse)
+
+
+def _entropies(found: Sequence[Tensor], B: int, N: int) -> Tensor:
+    """(B, N): of the last call for all queries (the text's, where an image prompt has one before),
+    or of one sample after the other."""
+    if not found:
+        raise RuntimeError(
+            "selector 'entropy': expected a cross-attention that calls "
+            "scaled_dot_product_attention, got another; use selector='random'"
+        )
+    if found[-1].numel() == B * N:
+        return found[-1].reshape(B, N)
+    if sum(one.numel() for one in found) != B * N:
+        raise RuntimeError(
+            f"selector 'entropy': expected one entropy for each of {N} tokens of {B} samples, got "
+            f"{[tuple(one.shape) for one in found]}; use selector='random'"
+        )
+    return torch.cat([one.flatten() for one in found]).view(B, N)
 
 
 def _rank(state: BlockState) -> float:

@@ -22,8 +22,9 @@ def linear_flops(done: Plan, blocks: Sequence[Block], batch: Mapping[str, int]) 
     steps = np.zeros(done.num_steps, dtype=np.int64)
     full_step = 0
     for block in blocks:
+        apart = {id(one.tap.module) for one in block.taps if one.tap.follows}
         for tap in (one.tap for one in block.taps):
-            for name, cost in _per_row(tap, done).items():
+            for name, cost in _per_row(tap, done, apart).items():
                 cost *= batch[name]
                 steps += cost * done.k[name][:, block.layers[name]]
                 full_step += cost * done.num_tokens[name]
@@ -31,14 +32,21 @@ def linear_flops(done: Plan, blocks: Sequence[Block], batch: Mapping[str, int]) 
     return Flops(steps=steps, full_step=full_step)
 
 
-def _per_row(tap: Tap, done: Plan) -> dict[str, int]:
-    """What a token costs, of each module of the plan that the tap's linears compute."""
+def _per_row(tap: Tap, done: Plan, apart: set[int]) -> dict[str, int]:
+    """What a token costs, of each module of the plan that the tap's linears compute.
+
+    Modules that are `apart` have taps of their own, or read the text alone.
+    """
     if tap.cached == "seen":
         return {}
     names = [name for name in tap.outputs if name in done.k] or (
         [tap.decides] if tap.cached == "rows_in" else []
     )
-    weights = sum(m.weight.numel() for m in tap.module.modules() if isinstance(m, nn.Linear))
+    weights = sum(
+        m.weight.numel()
+        for m in tap.module.modules()
+        if isinstance(m, nn.Linear) and (m is tap.module or id(m) not in apart)
+    )
     cost = {name: 2 * weights // len(names) for name in names}
     for name in names:
         if module_kind(name) == "attn":
