@@ -186,3 +186,22 @@ def test_the_rest_is_small():
     # int64 index and int32 inverse
     assert cache.other_nbytes == before + 8 * 2 * (64 * 8 + 256 * 4)
     assert cache.other_nbytes < 0.05 * cache.nbytes
+
+
+@pytest.mark.parametrize(("cache_dtype", "most"), [(None, 3.02), ("int8", 1.52)])
+def test_caches_of_flux_at_1024(cache_dtype, most):
+    """GiB of its 19 double and 38 single stream blocks, 4096 + 512 tokens, in bfloat16."""
+    image, text = ((1, n, 3072) for n in (4096, 512))
+    layout = {
+        **{f"img_{m}": [Layout(image, torch.bfloat16, torch.device("meta"))] * 19 for m in KINDS},
+        **{f"txt_{m}": [Layout(text, torch.bfloat16, torch.device("meta"))] * 19 for m in KINDS},
+    }
+    joint = Layout((1, 4608, 3072), torch.bfloat16, torch.device("meta"))
+    layout |= {f"single_{m}": [joint] * 38 for m in KINDS}
+    counts = {name: len(layers) for name, layers in layout.items()}
+    cache = TokenCache(counts, torch.device("meta"), cache_dtype=cache_dtype)
+    cache.hold(layout)
+    assert most - 0.05 < cache.nbytes / 2**30 < most
+
+
+KINDS = ("attn", "mlp")

@@ -238,10 +238,15 @@ def test_eight_bit_caches(stock, dtype):
     with toca.enabled(pipe, config(name)) as session:
         exact = tiny.call(pipe, STEPS)
         exact_bytes = session.summary().cache_bytes
+        assert session.summary().cache_error == 0
     with toca.enabled(pipe, config(name, cache_dtype=dtype)) as session:
         out = tiny.call(pipe, STEPS)
         assert torch.equal(tiny.call(pipe, STEPS), out)
-        assert session.summary().cache_bytes < exact_bytes
+        summary = session.summary()
+    assert summary.cache_bytes < exact_bytes
+    low, high = {"int8": (0.002, 0.02), "fp8": (0.01, 0.04)}[dtype]
+    assert low < summary.cache_error < high
+    assert "8 bits" in str(summary)
     # Far less than caching itself costs, though not nothing.
     assert 0 < (out - exact).norm() < 0.5 * (exact - untouched).norm() + 0.02 * exact.norm()
 

@@ -33,6 +33,7 @@ EXCEPTIONS = {
     ("run.py", "_read"): "timesteps, after a return for every device but the CPU",
     ("run.py", "_branch_key"): "labels, where they are on the CPU",
     ("branch.py", "nan_scores"): "NaNs so far, when a user asks for the summary",
+    ("branch.py", "_relative"): "sums of errors, once a run or when a user asks for the summary",
     ("branch.py", "release"): "NaNs and strayed timesteps, once a run, after its last step",
     ("run.py", "_open"): "Python's own numbers",
 }

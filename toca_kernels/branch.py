@@ -138,6 +138,8 @@ class Branch:
         state.refreshes = self.run.config.selector == "entropy"
         state.partial = self.run.config.self_attention == "partial"
         state.shared = self.run.config.share_cfg_selection
+        if self.run.config.cache_dtype and 0 in block.layers.values():
+            state.rounding = self.cache.rounding
         if self.discovering:
             state.holder = _Discovery(self.cache)
             return state
@@ -372,6 +374,10 @@ class Branch:
     def nan_scores(self) -> int:
         return self.done.nan if self.cache is None else int(self.cache.nan)
 
+    @property
+    def cache_error(self) -> float:
+        return self.done.rounding if self.cache is None else _relative(self.cache.rounding)
+
     def release(self) -> None:
         """Give the memory back; what was done stays to be read."""
         cache = self.cache
@@ -380,6 +386,7 @@ class Branch:
         self._tables, self._rows = None, {}
         if cache is not None:
             self.done.nan = int(cache.nan)
+            self.done.rounding = _relative(cache.rounding)
 
     def has_text(self, text: Any) -> bool:
         """Whether the last step was given the same text, wherever it lay."""
@@ -409,6 +416,12 @@ class Branch:
         del self.done.k[len(self.done.seconds) :], self.done.full[len(self.done.seconds) :]
         if self.cache is not None:
             self.cache.invalidate()
+
+
+def _relative(sums: Tensor) -> float:
+    """The root of (squared errors over squares), 0 where nothing was rounded."""
+    error, whole = sums.tolist()
+    return math.sqrt(error / whole) if whole else 0.0
 
 
 class _Discovery:

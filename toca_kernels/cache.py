@@ -184,6 +184,8 @@ class TokenCache:
     Attributes:
         tracks: name of a module in the plan -> its track.
         nan: scores that were NaN so far; on the device, as reading it would wait for that.
+        rounding: (sum of squared errors, sum of squares) of what 8-bit caches were given, sampled
+            in the first layer of each module; on the device.
         off_track: whether a step came at another timestep than was announced; on the device.
     """
 
@@ -209,6 +211,7 @@ class TokenCache:
         }
         self._planned = [track for name, track in self.tracks.items() if name not in beside]
         self.nan = torch.zeros((), dtype=torch.int64, device=device)
+        self.rounding = torch.zeros(2, dtype=torch.float32, device=device)
         self.off_track = torch.zeros((), dtype=torch.bool, device=device)
         self._modulation: list[Tensor] = []
         self._every: dict[tuple[int, int], Tensor] = {}
@@ -239,6 +242,7 @@ class TokenCache:
             track.valid = [False] * track.layers
             track.forget_selection()
         self.nan.zero_()
+        self.rounding.zero_()
         self.off_track.zero_()
 
     @property

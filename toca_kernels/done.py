@@ -20,6 +20,7 @@ class Done:
         seconds: of each step, the model's forward.
         batch, tokens: B and N of each module; empty before the first step.
         nan: scores that were NaN.
+        rounding: relative error of 8-bit caches, root mean square.
         cache_bytes, other_bytes, table_bytes: memory of the features, of scores, ages and
             selections, and of the modulation table; the most that was held.
         selections: where the run records them, the tokens that each step recomputed: None for a
@@ -32,6 +33,7 @@ class Done:
     batch: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     nan: int = 0
+    rounding: float = 0.0
     cache_bytes: int = 0
     other_bytes: int = 0
     table_bytes: int = 0

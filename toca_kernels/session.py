@@ -216,6 +216,7 @@ class Session:
             packed_bytes=sum(block.packed_nbytes for s, _ in runs for block in s._blocks),
             other_bytes=sum(d.other_bytes for d in done),
             nan_scores=sum(branch.nan_scores for branch in branches),
+            cache_error=max(branch.cache_error for branch in branches),
             graphs=0 if graphs is None else len(graphs),
             graph_bytes=0 if graphs is None else graphs.nbytes,
             graph_fallback="" if graphs is None else graphs.fallback,

@@ -21,6 +21,8 @@ class Summary:
             scores, so measure the untouched model for the true figure.
         cache_bytes: cached features; modulation_bytes: table of gates, shifts and scales;
             packed_bytes: second copies of MLP weights; other_bytes: scores, ages, selections.
+        cache_error: relative error (root mean square) of what 8-bit caches hold, sampled in the
+            first layer of each module; 0 without them.
         nan_scores: scores that were NaN: the model's output is not to be trusted.
         graphs, graph_bytes: recorded steps, and the memory of their pool (cuda_graph=True).
         graph_fallback: why steps are not replayed although they should be; empty if they are.
@@ -41,6 +43,7 @@ class Summary:
     packed_bytes: int
     other_bytes: int
     nan_scores: int
+    cache_error: float = 0.0
     graphs: int = 0
     graph_bytes: int = 0
     graph_fallback: str = ""
@@ -62,6 +65,8 @@ class Summary:
             f"{self.packed_bytes * mib:.1f} MiB packed weights, "
             f"{self.other_bytes * mib:.2f} MiB other",
         ]
+        if self.cache_error:
+            lines.append(f"8 bits      cached outputs are {self.cache_error:.2%} off, rounded")
         if self.graphs:
             lines.append(
                 f"graphs      {self.graphs} recorded, {self.graph_bytes * mib:.1f} MiB pool"

@@ -58,6 +58,7 @@ class BlockState:
         shared: whether both guidance halves get one selection.
         late: selections of this layer that wait for new scores.
         every: (B, N), every token in its own place.
+        rounding: where errors of 8-bit caches are summed; None where they are not sampled.
         modulation: this step's row of a table made for all steps; None where there is none.
         holder: makes `features` and `scores`, in the first step of a kind.
     """
@@ -75,6 +76,7 @@ class BlockState:
     shared: bool = False
     late: dict[str, Late] = field(default_factory=dict)
     every: dict[str, Tensor] = field(default_factory=dict)
+    rounding: Tensor | None = None
     modulation: Tensor | None = None
     holder: Holder | None = None
 
@@ -326,6 +328,10 @@ class Block:
             )
         if isinstance(kept, QuantizedCache):
             store_rows(kept, out.contiguous())
+            if state.rounding is not None:
+                whole = out.float()
+                error = kept.values.float() * kept.scale[:, :, None] - whole
+                state.rounding += torch.stack([error.square().sum(), whole.square().sum()])
         else:
             kept.copy_(out)
 
