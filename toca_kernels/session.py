@@ -194,7 +194,7 @@ class Session:
         branches = [branch for _, some in runs for branch in some]
         done = [branch.done for branch in branches]
         counts = [s._flops(branch.done) for s, some in runs for branch in some]
-        graphs = self._graphs
+        graphs = [s._graphs for s, _ in runs if s._graphs is not None]
         seconds = sum(sum(d.seconds) for d in done)
         # Branches run side by side, models one after the other.
         steps = sum(max(len(b.done.seconds) for b in some) for _, some in runs)
@@ -217,9 +217,9 @@ class Session:
             other_bytes=sum(d.other_bytes for d in done),
             nan_scores=sum(branch.nan_scores for branch in branches),
             cache_error=max(branch.cache_error for branch in branches),
-            graphs=0 if graphs is None else len(graphs),
-            graph_bytes=0 if graphs is None else graphs.nbytes,
-            graph_fallback="" if graphs is None else graphs.fallback,
+            graphs=sum(map(len, graphs)),
+            graph_bytes=sum(one.nbytes for one in graphs),
+            graph_fallback="; ".join(one.fallback for one in graphs if one.fallback),
         )
 
     def _flops(self, done: Done) -> Flops:
