@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import PackedLinear, packing_unavailable
@@ -49,6 +50,15 @@ def activation_of(module: nn.Module) -> str | None:
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return None
+
+
+def outputs_from(fused: nn.Module, rows: Tensor, first: int) -> Tensor:
+    """The outputs of a linear from `first` on; only those are computed where it is a plain one."""
+    if plain(fused) and not torch.is_autocast_enabled(rows.device.type):
+        bias = None if fused.bias is None else fused.bias[first:]
+        return F.linear(rows, fused.weight[first:], bias)
+    out: Tensor = fused(rows)[..., first:]
+    return out
 
 
 class PackedMLP:

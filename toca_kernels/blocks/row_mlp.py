@@ -19,6 +19,7 @@ from ..ops import (
     scatter_residual,
 )
 from . import linear
+from .taps import taken_rows
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate
 
@@ -186,8 +187,8 @@ def normed_rows(
             cache = (cache.values.float() * cache.scale[:, :, None]).to(x.dtype)
         rows = rows + (cache if gate is None else _per_token(gate) * cache)
     if index is not None:
-        rows = _taken(rows, index)
-        shift, scale = (_taken(m, index) if m.ndim == 3 else m for m in (shift, scale))
+        rows = taken_rows(rows, index)
+        shift, scale = (taken_rows(m, index) if m.ndim == 3 else m for m in (shift, scale))
     rows = norm.module(rows) * (1 + _per_token(scale)) + _per_token(shift)
     return rows.to(x.dtype).contiguous()
 
@@ -195,8 +196,3 @@ def normed_rows(
 def _per_token(modulation: Tensor) -> Tensor:
     """(B, C) as (B, 1, C); (B, N, C) as it is."""
     return modulation if modulation.ndim == 3 else modulation[:, None]
-
-
-def _taken(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[b, index[b, j]]."""
-    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))

@@ -64,6 +64,7 @@ class Tap:
 
     @property
     def decides(self) -> str:
+        """The module whose full steps are the tap's."""
         return self.follows or self.outputs[0]
 
     @property
@@ -73,6 +74,7 @@ class Tap:
 
     @property
     def selection(self) -> str:
+        """The module whose selected rows are the tap's."""
         return self.rows or self.outputs[0]
 
     @property

@@ -86,3 +86,12 @@ def find_attribute(module: object, path: str) -> Any:
         if module is None:
             return None
     return module
+
+
+def positional(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The first arguments of a model, given by position or by name."""
+    found = list(args[: len(names)])
+    for name in names[len(found) :]:
+        shorter = "t" if name == "timestep" and name not in kwargs else name
+        found.append(kwargs[shorter])
+    return found

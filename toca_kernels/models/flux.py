@@ -10,8 +10,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import linear
@@ -153,7 +151,7 @@ def _single(block: Any, layers: Mapping[str, int], taps: list[Tap]) -> SingleStr
         return mod.shift.squeeze(1), mod.scale.squeeze(1), mod.gate.squeeze(1)
 
     def expand(rows: Tensor) -> Tensor:
-        out: Tensor = block.mlp_act(rows_of_linear(block.linear1, rows, 3 * C))
+        out: Tensor = block.mlp_act(linear.outputs_from(block.linear1, rows, 3 * C))
         return out
 
     parts = SingleParts(
@@ -167,12 +165,3 @@ def _single(block: Any, layers: Mapping[str, int], taps: list[Tap]) -> SingleStr
         pack=lambda out, x, vec, pe: out,
     )
     return SingleStream(parts, layers, taps, attends=((("single_mlp",), ("single_attn",)),))
-
-
-def rows_of_linear(fused: nn.Module, rows: Tensor, first: int) -> Tensor:
-    """The outputs of a linear from `first` on; only those are computed where it is a plain one."""
-    if linear.plain(fused) and not torch.is_autocast_enabled(rows.device.type):
-        bias = None if fused.bias is None else fused.bias[first:]
-        return F.linear(rows, fused.weight[first:], bias)
-    out: Tensor = fused(rows)[..., first:]
-    return out

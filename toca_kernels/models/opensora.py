@@ -16,10 +16,9 @@ from ..blocks.block import Block
 from ..blocks.taps import Tap
 from ..flops import Flops
 from ..plan import Plan
-from .adapter import Adapter, ModelCall, lacking
+from .adapter import Adapter, ModelCall, lacking, positional
 from .families import numbered, serial
 from .linear_flops import linear_flops
-from .pixart import positional
 
 _BLOCK = ("attn.qkv", "cross_attn.kv_linear", "mlp", "norm1", "norm2", "scale_shift_table")
 

@@ -12,7 +12,7 @@ from ..blocks.block import Block
 from ..blocks.taps import Tap
 from ..flops import BlockShape, Flops
 from ..plan import Plan
-from .adapter import Adapter, ModelCall, find_attribute, lacking, width
+from .adapter import Adapter, ModelCall, find_attribute, lacking, positional, width
 from .crossing import pixart_alpha
 from .families import numbered, serial
 
@@ -75,12 +75,3 @@ class PixArt(Adapter):
 
 def _taps(block: Any) -> list[Tap]:
     return serial("", block.attn, block.mlp, block.cross_attn, text=("kv_linear",), rowwise=True)
-
-
-def positional(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The first arguments of a model, given by position or by name."""
-    found = list(args[: len(names)])
-    for name in names[len(found) :]:
-        shorter = "t" if name == "timestep" and name not in kwargs else name
-        found.append(kwargs[shorter])
-    return found

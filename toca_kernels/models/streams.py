@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import linear
 from ..blocks.block import Block
 from ..blocks.double_stream import DoubleParts, DoubleStream, Modulation, StreamParts
 from ..blocks.row_mlp import MLPParts, Norm
 from ..blocks.single_stream import SingleParts, SingleStream
 from ..blocks.taps import Tap
 from .feed_forward import feed_forward_linears
-from .flux import rows_of_linear
 
 Made = Callable[[Any, Mapping[str, int], list[Tap]], Block]
 
@@ -68,7 +68,7 @@ def double_stream(*, text_first_out: bool) -> Made:
 def qwen_double_stream(block: Any, layers: Mapping[str, int], taps: list[Tap]) -> Block:
     def of(name: str) -> Callable[[Tensor], Modulation]:
         silu, fused = getattr(block, f"{name}_mod")
-        return lambda temb: _four(rows_of_linear(fused, silu(temb), fused.out_features // 3))
+        return lambda temb: _four(linear.outputs_from(fused, silu(temb), fused.out_features // 3))
 
     streams = (
         _stream("img", 0, block.img_mlp, lambda: block.img_norm2, of("img")),
@@ -80,7 +80,7 @@ def qwen_double_stream(block: Any, layers: Mapping[str, int], taps: list[Tap]) -
 def _ada(norm: Any, temb: Tensor) -> Modulation:
     """AdaLayerNormZero: shift, scale, gate of the attention, then of the MLP."""
     fused = norm.linear
-    return _four(rows_of_linear(fused, norm.silu(temb), fused.out_features // 3))
+    return _four(linear.outputs_from(fused, norm.silu(temb), fused.out_features // 3))
 
 
 def _four(rows: Tensor) -> Modulation:

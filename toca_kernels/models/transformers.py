@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import linear
 from ..blocks.block import Block
 from ..blocks.taps import Tap
 from ..flops import Flops
@@ -23,7 +24,6 @@ from ..plan import Plan
 from . import crossing
 from .adapter import Adapter, ModelCall, find_attribute, lacking, width
 from .families import double, numbered, serial, single
-from .flux import rows_of_linear
 from .flux_flops import flux_flops
 from .linear_flops import linear_flops
 from .streams import double_stream, qwen_double_stream, single_stream
@@ -64,7 +64,7 @@ def fused_single(block: Any) -> list[Tap]:
     C = attn.inner_dim
 
     def on_rows(rows: Tensor, attention: Tensor) -> Tensor:
-        hidden = attn.mlp_act_fn(rows_of_linear(attn.to_qkv_mlp_proj, rows, 3 * C))
+        hidden = attn.mlp_act_fn(linear.outputs_from(attn.to_qkv_mlp_proj, rows, 3 * C))
         out: Tensor = attn.to_out(torch.cat([attention, hidden], dim=-1))
         return out
 
