@@ -24,6 +24,7 @@ from ..ops import QuantizedCache, store_rows
 from ..plan import Plan, is_module, module_kind
 from . import linear
 from .capture import CapturedScores
+from .row_mlp import RowMLP
 from .taps import Late, Tap, Tapped, taken_rows
 
 Attends = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
@@ -91,6 +92,7 @@ class Block:
         selectors: the selectors that the block has scores for; what its taps allow where None.
         attends: of a block that attends in its own forward, in the order of its keys: the modules
             that get what these receive as scores, and the modules with as many tokens.
+        mlps: the MLPs that a family composes from the ops.
         composed: whether the family composes the step at hand; then taps only pass on.
     """
 
@@ -110,6 +112,7 @@ class Block:
         self.attends = attends
         self.selectors = tuple(selectors or self._selectors(taps))
         self.composed = False
+        self.mlps: Sequence[RowMLP] = ()
         self.state: BlockState | None = None
         self.kept: list[str] = []
         self._hooked = False
@@ -138,10 +141,12 @@ class Block:
     @property
     def packed_nbytes(self) -> int:
         """Bytes of second copies of weights."""
-        return 0
+        return sum(mlp.packed_nbytes for mlp in self.mlps)
 
     def release(self) -> None:
         """Give memory back, after `disable`."""
+        for mlp in self.mlps:
+            mlp.release()
 
     def scoring(self, selector: str) -> list[tuple[str, str]]:
         """(module that leaves scores, module whose tokens they rank)."""
@@ -194,6 +199,9 @@ class Block:
         """Before a run: look again at modules that may have been replaced or changed."""
         for one in self.taps:
             one.check_in_place()
+        for mlp in self.mlps:
+            tapped = next(one for one in self.taps if one.tap.module is mlp.parts.module)
+            mlp.prepare(tapped, prepack=prepack)
 
     def place(self, state: BlockState | None) -> None:
         """Before and after a step."""
@@ -213,6 +221,13 @@ class Block:
     def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:
         """Whether this family has a way of its own for this step."""
         return False
+
+    def only_cached(self, state: BlockState) -> bool:
+        """Whether no module is full, and none returns another dtype than the residual has."""
+        if any(state.full.values()):
+            return False
+        device = next(iter(state.index.values())).device.type
+        return not torch.is_autocast_enabled(device)
 
     def compose(self, state: BlockState, args: Any, kwargs: Any) -> Any:
         """The block from the ops: each module in full, or its fresh rows and its cache."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .block import Block, BlockState
@@ -68,37 +67,14 @@ class DoubleStream(Block):
     ) -> None:
         super().__init__(parts.block, layers, taps, attends=attends)
         self.parts = parts
-        self._mlps = [RowMLP(stream.mlp) for stream in parts.streams]
-
-    @property
-    def packed_nbytes(self) -> int:
-        return sum(mlp.packed_nbytes for mlp in self._mlps)
-
-    def release(self) -> None:
-        for mlp in self._mlps:
-            mlp.release()
-
-    def prepare(self, *, prepack: bool) -> None:
-        super().prepare(prepack=prepack)
-        for mlp in self._mlps:
-            tapped = next(one for one in self.taps if one.tap.module is mlp.parts.module)
-            mlp.prepare(tapped, prepack=prepack)
+        self.mlps = [RowMLP(stream.mlp) for stream in parts.streams]
 
     def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:
-        return (
-            not any(state.full.values())
-            and not self._autocast(state)
-            and self.parts.plain(*args, **kwargs)
-        )
-
-    def _autocast(self, state: BlockState) -> bool:
-        """Modules return another dtype than the streams have."""
-        device = next(iter(state.index.values())).device.type if state.index else "cpu"
-        return torch.is_autocast_enabled(device)
+        return self.only_cached(state) and self.parts.plain(*args, **kwargs)
 
     def compose(self, state: BlockState, args: Any, kwargs: Any) -> Any:
         out = []
-        for stream, mlp in zip(self.parts.streams, self._mlps, strict=True):
+        for stream, mlp in zip(self.parts.streams, self.mlps, strict=True):
             name = f"{stream.name}_mlp"
             gate_a, shift, scale, gate = stream.modulation(*args, **kwargs)
             out.append(

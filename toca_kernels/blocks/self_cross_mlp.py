@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..ops import scatter_residual
@@ -50,27 +49,11 @@ class SelfCrossMLP(Block):
     ) -> None:
         super().__init__(parts.block, layers, taps)
         self.parts = parts
-        self._mlp = RowMLP(parts.mlp)
-
-    @property
-    def packed_nbytes(self) -> int:
-        return self._mlp.packed_nbytes
-
-    def release(self) -> None:
-        self._mlp.release()
-
-    def prepare(self, *, prepack: bool) -> None:
-        super().prepare(prepack=prepack)
-        tapped = next(one for one in self.taps if one.tap.module is self.parts.mlp.module)
-        self._mlp.prepare(tapped, prepack=prepack)
+        self.mlps = (RowMLP(parts.mlp),)
 
     def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:
-        return (
-            not any(state.full.values())
-            and not state.partial
-            and not torch.is_autocast_enabled(state.index["cross_attn"].device.type)
-            and self.parts.plain(*args, **kwargs)
-        )
+        plain = not state.partial and self.parts.plain(*args, **kwargs)
+        return self.only_cached(state) and plain
 
     def compose(self, state: BlockState, args: Any, kwargs: Any) -> Any:
         parts = self.parts
@@ -87,4 +70,4 @@ class SelfCrossMLP(Block):
             inverse = state.inverse["cross_attn"]
             x = scatter_residual(x, [reuse, (None, cross, fresh, inverse)])
         selection = (state.index["mlp"], state.inverse["mlp"])  # known after the cross-attention
-        return self._mlp.cached(x, selection, (shift, scale, gate), state.features["mlp"], None)
+        return self.mlps[0].cached(x, selection, (shift, scale, gate), state.features["mlp"], None)

@@ -59,16 +59,9 @@ class SelfMLP(Block):
         layers = dict.fromkeys((*attn.names, *mlp.names), layer)
         super().__init__(parts.block, layers, (attn, mlp))
         self.parts = parts
-        self._mlp = RowMLP(parts.mlp)
+        self.mlps = (RowMLP(parts.mlp),)
         self._norm = parts.norm()
         self._x: Tensor | None = None
-
-    @property
-    def packed_nbytes(self) -> int:
-        return self._mlp.packed_nbytes
-
-    def release(self) -> None:
-        self._mlp.release()
 
     def check(self, plan: Plan, *, partial: bool) -> None:
         super().check(plan, partial=partial)
@@ -77,7 +70,6 @@ class SelfMLP(Block):
     def prepare(self, *, prepack: bool) -> None:
         super().prepare(prepack=prepack)
         self._norm = self.parts.norm()
-        self._mlp.prepare(self.taps[1], prepack=prepack)
 
     def place(self, state: BlockState | None) -> None:
         super().place(state)
@@ -111,7 +103,7 @@ class SelfMLP(Block):
         selection = (state.index["mlp"], state.inverse["mlp"])
         reuse = (gate_a, state.features["attn"])
         modulation = (shift, scale, gate)
-        return self._mlp.cached(x, selection, modulation, state.features["mlp"], reuse)
+        return self.mlps[0].cached(x, selection, modulation, state.features["mlp"], reuse)
 
     def _attend(self, state: BlockState, x: Tensor, args: Any, kwargs: Any) -> None:
         """The attention of the selected tokens, into its cache."""
@@ -132,7 +124,7 @@ class SelfMLP(Block):
         self.write(state, "attn", attn)
         mlp = self.hold(state, "mlp", x)
         reuse = (gate_a, state.features["attn"])
-        return self._mlp.full(x, state.every["mlp"], (shift, scale, gate), mlp, reuse)
+        return self.mlps[0].full(x, state.every["mlp"], (shift, scale, gate), mlp, reuse)
 
     # --- modulation -------------------------------------------------------------------------
 

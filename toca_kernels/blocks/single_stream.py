@@ -66,11 +66,7 @@ class SingleStream(Block):
         self._norm = self.parts.norm()
 
     def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:
-        return (
-            not any(state.full.values())
-            and not torch.is_autocast_enabled(state.index["single_mlp"].device.type)
-            and self.parts.plain(*args, **kwargs)
-        )
+        return self.only_cached(state) and self.parts.plain(*args, **kwargs)
 
     def compose(self, state: BlockState, args: Any, kwargs: Any) -> Any:
         parts = self.parts
