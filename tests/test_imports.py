@@ -25,6 +25,7 @@ LAYERS = [
     ["done"],
     ["models"],
     ["blocks"],
+    ["selectors"],
     ["cache"],
     ["ops"],
     ["_checks", "_backends", "_library"],
@@ -33,6 +34,7 @@ LAYERS = [
     ["config"],
     ["flops"],
     ["plan"],
+    ["presets"],
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
@@ -43,7 +45,7 @@ EXCEPTIONS = {
 }
 
 # Plain numbers, known before a run: a plan must not need torch.
-NUMPY_ONLY = {"config", "plan", "flops"}
+NUMPY_ONLY = {"config", "plan", "flops", "presets"}
 
 
 def parts(path: Path) -> tuple[str, ...]:

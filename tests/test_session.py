@@ -338,7 +338,7 @@ def test_disabling_what_is_not_enabled(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selector": "entropy"}, "selector: expected one of attention, norm, random"),
+        ({"selector": "entropy"}, "selector: expected one of attention, norm, similarity, random, mask"),
         ({"module_interval": {"attn": 2}}, "module_interval: expected one interval"),
         ({"module_ratio": {"attn": 1.0, "mlp": 1.0}}, "module_ratio: expected no ratio for 'attn'"),
         ({"module_ratio": {"cross_attn": 1.0}}, "module_ratio: expected a factor for one of"),

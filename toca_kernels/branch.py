@@ -20,6 +20,7 @@ from .done import Done
 from .models.adapter import ModelCall
 from .ops import free_rows
 from .plan import BoolTable, Plan, module_kind
+from .selectors import SELECTORS
 
 if TYPE_CHECKING:
     from .run import Run
@@ -30,6 +31,7 @@ class Branch:
 
     def __init__(self, run: Run, position: int = 0, first: float | None = None) -> None:
         self.run = run
+        self.selector = SELECTORS[run.config.selector]
         self.fused = run.config.full_steps == "fused"
         self.position = position
         self.first = first
@@ -90,8 +92,11 @@ class Branch:
                 source=source if self.run.layers[source] == self.run.layers[module] else None,
             )
             for block in self.run.blocks
-            for source, module in block.scoring(self.run.config.selector)
+            for source, module in block.scoring(self.selector.name)
         }
+        if self.selector.source == "given":
+            assert self.run.mask is not None
+            self.cache.weigh(self.run.mask)
         self.done.batch = {name: layout[name][0].shape[0] for name in self.run.layers}
         self.done.tokens = tokens
         self.done = self.done.after(self._before)
@@ -107,12 +112,46 @@ class Branch:
             self._forced = not self.cache.valid and not all(map(np.all, tables.values()))
             if self._forced:
                 tables = {name: np.ones_like(row) for name, row in tables.items()}
+            elif self.run.config.residual_threshold is not None:
+                tables = self._first_full(tables)
             self.done.full.append({name: row.tolist() for name, row in tables.items()})
             self.done.k.append({name: self._rows_of(name, row) for name, row in tables.items()})
             # The first step computes its own modulation, as it does where nothing is known yet.
             if self.position > self.adopted and (self.fused or not self.done.full_steps()[-1]):
                 self._tabulate()
         self._place()
+        if self.run.config.residual_threshold is not None:
+            state = self.run.blocks[0].state
+            assert state is not None
+            state.watch = self.watch
+
+    def _first_full(self, tables: Mapping[str, BoolTable]) -> dict[str, BoolTable]:
+        """The same with the first block in full: what it adds tells whether the step is cached."""
+        own = {name: row.copy() for name, row in tables.items()}
+        first = self.run.blocks[0]
+        for name in first.modules:
+            own[name][first.layers[name]] = True
+        return own
+
+    def watch(self, args: Any, kwargs: Any, out: Any) -> None:
+        """The first block is done: where it has drifted too far, the rest of the step is full."""
+        added = self.run.blocks[0].added(args, kwargs, out)
+        planned = all(map(all, self.done.full[-1].values()))
+        if not planned and not self.cache.drifted(added, self.run.config.residual_threshold):
+            return
+        self.cache.added = added.clone()
+        if planned:
+            return
+        self._forced = True
+        done, k = self.done.full[-1], self.done.k[-1]
+        for name in done:
+            done[name] = [True] * len(done[name])
+            k[name] = [self.done.tokens[name]] * len(k[name])
+        for name, track in self.cache.tracks.items():
+            track.forget_selection()
+            if name in done:
+                track.young(done[name])
+        self._place(first=1)
 
     def _rows_of(self, name: str, full: BoolTable) -> list[int]:
         """k of a module in each layer; all tokens where that takes no longer than k."""
@@ -123,10 +162,10 @@ class Branch:
             k = np.where(k > 0, N, k)
         return k.tolist()
 
-    def _place(self) -> None:
-        """Tell every block what to do."""
+    def _place(self, first: int = 0) -> None:
+        """Tell every block from the first one on what to do."""
         modulation = self._look_up()
-        for number, block in enumerate(self.run.blocks):
+        for number, block in enumerate(self.run.blocks[first:], first):
             state = self._state(block)
             state.modulation = modulation[number] if modulation else None
             block.place(state)
@@ -134,8 +173,12 @@ class Branch:
     def _state(self, block: Block) -> BlockState:
         done = self.done.full[-1]
         full = {name: done[name][block.layers[name]] for name in block.modules}
-        state = BlockState(full, self.fused, self._selector(block))
-        state.refreshes = self.run.config.selector == "entropy"
+        state = BlockState(full, self.fused)
+        if self._leaves_scores(block):
+            compares = self.selector.source == "output"
+            state.selector = None if compares else self.selector.name
+            state.changes = self.selector.name if compares else None
+        state.refreshes = self.selector.source == "queries"
         state.partial = self.run.config.self_attention == "partial"
         state.shared = self.run.config.share_cfg_selection
         if self.run.config.cache_dtype and 0 in block.layers.values():
@@ -147,6 +190,7 @@ class Branch:
             if name not in self.cache.tracks:
                 continue
             track = self.cache.tracks[name]
+            state.valid[name] = track.valid[layer]
             B, N, _ = track.layout.shape
             state.features[name] = track.features[layer]  # type: ignore[assignment]  # held
             state.dtypes[name] = track.layout.dtype
@@ -155,14 +199,16 @@ class Branch:
                 state.scores[name] = track.score[layer]
         return state
 
-    def _selector(self, block: Block) -> str | None:
-        """The selector whose scores a full step must leave behind, if any reads them."""
-        selector = self.run.config.selector
-        needed = self._forced or any(
+    def _leaves_scores(self, block: Block) -> bool:
+        """Whether the step must leave scores behind, for others to read."""
+        if not self.selector.left_by_full_steps:
+            return False
+        if self._forced or self.run.config.residual_threshold is not None:
+            return True
+        return any(
             self._needs_score[source, name][self.position, block.layers[name]]
-            for source, name in block.scoring(selector)
+            for source, name in block.scoring(self.selector.name)
         )
-        return selector if needed and selector != "random" else None
 
     def kind(self) -> Hashable | None:
         """What the kernels of the step depend on, beside the inputs' shapes.
@@ -171,11 +217,16 @@ class Branch:
         """
         if self.discovering or self.run.record_selections:
             return None
+        if self.run.config.residual_threshold is not None:
+            return None
         full, k = self.done.full[-1], self.done.k[-1]
         decided = tuple((name, tuple(full[name]), tuple(k[name])) for name in full)
         states = [block.state for block in self.run.blocks if block.state]
-        selectors = tuple(state.selector for state in states)
-        return id(self.cache), decided, selectors, states[0].modulation is None
+        scores = tuple(
+            (state.selector, state.changes, *(state.valid.values() if state.changes else ()))
+            for state in states
+        )
+        return id(self.cache), decided, scores, states[0].modulation is None
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -229,8 +280,8 @@ class Branch:
             "bonus": config.bonus if grid else 0.0,
         }
         if any(cached):
-            if config.selector == "random":
-                track.score.uniform_(generator=self._random(track.score.device))
+            if self.selector.source == "drawn":
+                self.selector.draw(track.score, self._random(track.score.device))
             self.cache.nan += track.select(cached, k, **settings)
         for block in self.run.blocks:
             layer = block.layers.get(name)
@@ -262,14 +313,13 @@ class Branch:
         for block in self.run.blocks:
             if name not in block.layers:
                 continue
-            selector = self.run.config.selector
-            source = block.ranked_by(name, selector) if selector != "random" else None
+            source = block.ranked_by(name, self.selector.name)
             if source is not None:
                 layer, from_layer = block.layers[name], block.layers[source]
                 full, k = self.done.full[-1], self.done.k[-1]
                 selects = not full[name][layer] and 0 < k[name][layer] < self.done.tokens[name]
                 refreshed = full[source][from_layer] or (
-                    selector == "entropy" and k[source][from_layer] > 0
+                    self.selector.source == "queries" and k[source][from_layer] > 0
                 )
                 late[layer] = selects and refreshed
         return late

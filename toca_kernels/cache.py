@@ -186,6 +186,7 @@ class TokenCache:
         nan: scores that were NaN so far; on the device, as reading it would wait for that.
         rounding: (sum of squared errors, sum of squares) of what 8-bit caches were given, sampled
             in the first layer of each module; on the device.
+        added: what the first block added in the last full step, where a config asks for it.
         off_track: whether a step came at another timestep than was announced; on the device.
     """
 
@@ -213,6 +214,7 @@ class TokenCache:
         self.nan = torch.zeros((), dtype=torch.int64, device=device)
         self.rounding = torch.zeros(2, dtype=torch.float32, device=device)
         self.off_track = torch.zeros((), dtype=torch.bool, device=device)
+        self.added: Tensor | None = None
         self._modulation: list[Tensor] = []
         self._every: dict[tuple[int, int], Tensor] = {}
 
@@ -236,6 +238,34 @@ class TokenCache:
             for layer, one in enumerate(layers):
                 self.tracks[name].hold(layer, one)
 
+    def drifted(self, added: Tensor, threshold: float | None) -> bool:
+        """Whether the mean change since the last full step is above a share of the mean.
+
+        Waits for the device: what the step does next depends on it.
+        """
+        if self.added is None or self.added.shape != added.shape or threshold is None:
+            return True
+        change = (added - self.added).abs().mean(dtype=torch.float32)
+        return bool(change > threshold * self.added.abs().mean(dtype=torch.float32))
+
+    def weigh(self, mask: Tensor) -> None:
+        """Scores that the user gives, (N,) or (samples, N); modules of other lengths get none."""
+        N = mask.shape[-1]
+        selecting = [track for track in self.tracks.values() if track.selects and track.rows]
+        fitting = [track for track in selecting if track.score.shape[-1] == N]
+        if not fitting:
+            lengths = sorted({track.score.shape[-1] for track in selecting})
+            raise ValueError(f"mask: expected weights of {lengths} tokens, got {N}")
+        for track in fitting:
+            weights = mask if mask.ndim == 2 else mask[None]
+            if track.rows % len(weights):
+                raise ValueError(
+                    f"mask: expected one row for all of {track.rows} samples, or as many, got "
+                    f"{len(weights)}"
+                )
+            weights = weights.repeat(track.rows // len(weights), 1)
+            track.score.copy_(weights.to(track.score).expand_as(track.score))
+
     def invalidate(self) -> None:
         """Forget what is cached; the buffers stay."""
         for track in self.tracks.values():
@@ -244,6 +274,7 @@ class TokenCache:
         self.nan.zero_()
         self.rounding.zero_()
         self.off_track.zero_()
+        self.added = None
 
     @property
     def nbytes(self) -> int:

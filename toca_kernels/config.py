@@ -1,4 +1,4 @@
-"""ToCaConfig: what a run skips, and the published presets. Their numbers live only in this file.
+"""ToCaConfig: what a run skips.
 
 A config is plain numbers. `ToCaConfig.plan` turns it into tables for one run (`plan.py`); the ops
 and blocks read the rest.
@@ -19,8 +19,9 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from .plan import Plan, build_plan, check_integer, module_kind
+from .presets import PRESETS, WITHOUT_FRESH_TOKENS
 
-Selector = Literal["attention", "entropy", "random", "norm"]
+Selector = Literal["attention", "entropy", "norm", "similarity", "random", "mask"]
 CountFrom = Literal["start", "end", "last_full"]
 FullSteps = Literal["exact", "fused"]
 CacheDtype = Literal["int8", "fp8"]
@@ -53,6 +54,11 @@ class ToCaConfig:
         decide_per_block: True repeats what the published DiT and PixArt code does: every block
             decides for itself, after layer 0 of a full step has rewritten N_t. Where the new N_t
             does not divide the step, layer 0 runs in full and the other layers run cached.
+        full_at: the full steps themselves, (0, 4, 9): in place of all of the above but `warmup`.
+        residual_threshold: None, or the drift above which a step that the plan caches runs in full
+            all the same: |r - r0| / |r0| (means of magnitudes) of what the first block adds to its
+            input, r, against the last full step's, r0 (the first-block cache of ParaAttention).
+            The first block then runs in full in every step.
         module_interval: {module: N0} for modules with an own interval (Open-Sora).
 
     How many tokens a cached step recomputes:  k = int(clamp(r, 0, 1) * N),
@@ -62,6 +68,11 @@ class ToCaConfig:
         layer_slope: w of the layer factor 1 - w + 2 w l / layer_span in layer l.
         layer_span: the layer where that factor reaches 1 + w. None = the last one. Published: 27
             for every model, also for the 38 layers of FLUX.
+        step_ratio: the step factor of every step of a run, in place of `step_slope`.
+        layer_ratio: {module: the layer factor of each of its layers}, in place of `layer_slope`.
+        fresh_every: after a full step, tokens are recomputed in every fresh_every-th cached step
+            and all outputs reused whole in the others. 1 = ToCa. 2 = the alternation of DuCa
+            (arXiv 2412.18911): reuse, then recompute.
         module_ratio: {module: factor}, keyed by "attn", "cross_attn", "mlp" or by a module of one
             stream ("img_mlp"), which goes before its kind. Modules not named are reused whole.
         round_k_to: k > 0 is rounded up to a multiple of this (at most N), so that k takes few
@@ -69,11 +80,20 @@ class ToCaConfig:
 
     Which tokens (the score S = s + age_weight * age / interval, paper section 3)
         selector: s. "attention": attention the token received in the last full step, s1.
-            "entropy": entropy of its cross-attention, s2. "norm": norm of the token. "random".
+            "entropy": entropy of its cross-attention, s2. "norm": values that are small rank high
+            (DuCa). "similarity": 1 - cosine of what its module returned in the last two full
+            steps, so what changes most ranks high. "random" (DuCa's second version). "mask": the
+            weights that `enable(..., mask=)` gives.
         age_weight: w3, weight of the steps since the token was last computed, s3. `interval` is
             N0 here, also where the period varies.
         grid: side of the square cells in which the best token gets the bonus, s4. 1 = off.
         bonus: b of s4: the best token of a cell counts S * (1 + b).
+
+    What stands for the others
+        forecast: order of the Taylor expansion of what is reused, in the steps since each token was
+            computed, by finite differences between the steps in which it was (TaylorSeer, arXiv
+            2503.06923). 0 reuses it as it is, as published for ToCa; 1 and 2 keep one and two more
+            tensors for each that is cached.
 
     How it runs (no effect on the plan)
         full_steps: "exact" calls the model's own forward on full steps, bit for bit; "fused" runs
@@ -104,13 +124,19 @@ class ToCaConfig:
     window: tuple[float, float, int] | None = None
     decide_per_block: bool = False
     module_interval: Mapping[str, int] = field(default_factory=dict, hash=False)
+    full_at: tuple[int, ...] | None = None
+    residual_threshold: float | None = None
 
     step_slope: float = 0.0
     layer_slope: float = 0.0
     layer_span: int | None = None
     module_ratio: Mapping[str, float] = field(default_factory=lambda: {"mlp": 1.0}, hash=False)
+    step_ratio: tuple[float, ...] | None = None
+    layer_ratio: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
+    fresh_every: int = 1
     round_k_to: int = 1
 
+    forecast: int = 0
     full_steps: FullSteps = "exact"
     share_cfg_selection: bool = False
     tabulate_modulation: bool = True
@@ -120,7 +146,7 @@ class ToCaConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("interval", "grid", "warmup", "round_k_to"):
+        for name in ("interval", "grid", "warmup", "fresh_every", "round_k_to"):
             self._set(name, check_integer(name, getattr(self, name), low=1))
         self._set("seed", check_integer("seed", self.seed, low=0))
         if self.layer_span is not None:
@@ -151,8 +177,34 @@ class ToCaConfig:
                 "decides for all blocks of a step, got True"
             )
         self._set("window", _window(self.window))
+        self._set("forecast", check_integer("forecast", self.forecast, low=0))
+        if self.forecast > 2:
+            raise ValueError(f"forecast: expected an order of 0, 1 or 2, got {self.forecast}")
+        if self.forecast and self.cache_dtype is not None:
+            raise ValueError(
+                "cache_dtype: expected None with a forecast, whose differences 8 bits would drown, "
+                f"got {self.cache_dtype!r}"
+            )
+        if self.residual_threshold is not None:
+            threshold = _number("residual_threshold", self.residual_threshold, 0.0, math.inf)
+            self._set("residual_threshold", threshold)
+        self._set("full_at", _steps(self.full_at))
+        if self.full_at is not None:
+            self._check_full_at()
+        if self.step_ratio is not None:
+            self._set("step_ratio", _factors("step_ratio", self.step_ratio))
+        self._set("layer_ratio", _settings("layer_ratio", self.layer_ratio, _factors))
         self._set("module_interval", _settings("module_interval", self.module_interval, _interval))
         self._set("module_ratio", _settings("module_ratio", self.module_ratio, _factor))
+
+    def _check_full_at(self) -> None:
+        """Refuse settings whose place `full_at` takes."""
+        for name in ("module_interval", "window", "refresh_slope", "decide_per_block"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: expected none beside full_at, which says what is full, got "
+                    f"{getattr(self, name)!r}"
+                )
 
     def _set(self, name: str, value: object) -> None:
         """Store the checked value in its plain Python type (the dataclass is frozen)."""
@@ -181,15 +233,15 @@ class ToCaConfig:
         if name not in cls.presets():
             raise ValueError(f"preset: expected one of {cls.presets()}, got {name!r}")
         _known("override", overrides)
-        settings = dict(_PRESETS[name])
+        settings = dict(PRESETS[name])
         if overrides.get("fresh_ratio") == 0:
-            settings |= _WITHOUT_FRESH_TOKENS[name]
+            settings |= WITHOUT_FRESH_TOKENS[name]
         return cls(**(settings | overrides))
 
     @classmethod
     def presets(cls) -> list[str]:
         """Names of the presets."""
-        return list(_PRESETS)
+        return list(PRESETS)
 
     def replace(self, **changes: Any) -> ToCaConfig:
         """A copy with some settings replaced."""
@@ -243,8 +295,7 @@ class ToCaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain: dict[type, Callable[[Any], Any]] = {MappingProxyType: dict, tuple: list}
-        return {name: plain.get(type(value), _same)(value) for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> ToCaConfig:
@@ -278,8 +329,11 @@ class ToCaConfig:
         return ToCaConfig.from_dict, (self.to_dict(),)
 
 
-def _same(value: Any) -> Any:
-    return value
+def _plain(value: Any) -> Any:
+    """Mappings and tuples as JSON has them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _known(what: str, names: Mapping[str, Any]) -> None:
@@ -315,6 +369,21 @@ def _window(value: Any) -> tuple[float, float, int] | None:
     return start, stop, check_integer("window period", value[2], low=1)
 
 
+def _steps(value: Any) -> tuple[int, ...] | None:
+    """Step numbers, ascending."""
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"full_at: expected None or numbers of steps, got {value!r}")
+    return tuple(sorted({check_integer("full_at", step, low=0) for step in value}))
+
+
+def _factors(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(f"{name}: expected one or more factors, got {value!r}")
+    return tuple(_factor(name, one) for one in value)
+
+
 def _interval(name: str, value: Any) -> int:
     return check_integer(name, value, low=1)
 
@@ -324,7 +393,7 @@ def _factor(name: str, value: Any) -> float:
 
 
 def _settings(
-    name: str, value: Any, check: Callable[[str, Any], int | float]
+    name: str, value: Any, check: Callable[[str, Any], Any]
 ) -> MappingProxyType[str, Any]:
     """A read-only copy of {module: setting}, in one order so that equal configs save alike."""
     if not isinstance(value, Mapping):
@@ -336,62 +405,3 @@ def _settings(
             raise ValueError(f"{name}: {error}") from None
     checked = {module: check(f"{name}[{module!r}]", value[module]) for module in sorted(value)}
     return MappingProxyType(checked)
-
-
-# What the published code sets for each model: its command lines (README) and, for what they leave
-# open, its schedulers of the period and of the ratio. Published weights that fall over the run or
-# over the layers are negative slopes here. The age weight 0.25 is the same for all.
-_DIT: dict[str, Any] = {
-    "fresh_ratio": 0.07,
-    "grid": 2,
-    "bonus": 0.6,
-    "count_from": "end",
-    "refresh_slope": 0.4,
-    "window": (0.2, 0.4, 2),
-    "decide_per_block": True,
-    "module_ratio": {"mlp": 2.5},
-}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "dit-ddim50": _DIT | {"interval": 3, "step_slope": 2.0, "layer_slope": 0.2},
-    "dit-ddpm250": _DIT | {"interval": 4, "step_slope": 0.4, "layer_slope": -0.8},
-    "pixart-dpm20": {
-        "interval": 3,
-        "fresh_ratio": 0.3,
-        "grid": 4,
-        "bonus": 0.4,
-        "selector": "entropy",
-        "refresh_slope": 0.2,
-        "decide_per_block": True,
-        "step_slope": -0.9,
-        "layer_slope": -0.6,
-        "module_ratio": {"cross_attn": 0.6, "mlp": 1.6},
-        "share_cfg_selection": True,
-    },
-    # The published ratio of the cross-attention is -0.005 * R0: clamped, nothing is recomputed.
-    "opensora-rflow30": {
-        "interval": 3,
-        "fresh_ratio": 0.1,
-        "selector": "entropy",
-        "warmup": 3,
-        "module_interval": {"cross_attn": 6},
-        "module_ratio": {"mlp": 1.495},
-        "share_cfg_selection": True,
-    },
-    "flux-50": {
-        "interval": 4,
-        "fresh_ratio": 0.1,
-        "warmup": 3,
-        "count_from": "last_full",
-        "layer_slope": -0.5,
-        "layer_span": 27,
-        "module_ratio": {"img_mlp": 0.4, "txt_mlp": 0.4, "single_mlp": 1.6},
-    },
-}
-# What changes in the published code when the ratio is 0.
-_WITHOUT_FRESH_TOKENS: dict[str, dict[str, Any]] = {
-    "dit-ddim50": {"refresh_slope": 0.0, "window": None},
-    "dit-ddpm250": {"refresh_slope": 0.0, "window": None},
-    "pixart-dpm20": {"refresh_slope": 0.0},
-    "opensora-rflow30": {},
-    "flux-50": {"warmup": 1},
-}

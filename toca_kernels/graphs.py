@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .branch import Branch
+from .selectors import SELECTORS
 
 
 class Recorder(Protocol):
@@ -89,8 +90,9 @@ class StepGraphs:
         """forward(*args, **kwargs) as the step that `branch` is about to take."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if branch.run.config.selector == "random":
-            self.fallback = "selector 'random' draws new numbers in every step"
+        selector = branch.run.config.selector
+        if SELECTORS[selector].source == "drawn":
+            self.fallback = f"selector {selector!r} draws new numbers in every step"
         kind = None if self.fallback else branch.kind()
         if kind is None:
             return branch.forward(forward, args, kwargs)

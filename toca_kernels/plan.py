@@ -178,6 +178,7 @@ def build_plan(
         interval = module_setting(config.module_interval, name) or config.interval
         full[name] = _full_table(config, interval, num_steps, layers[name])
         cached = _token_table(config, name, num_steps, layers[name], tokens[name])
+        cached = np.where(_recomputes(full[name], config.fresh_every), cached, 0)
         k[name] = np.where(full[name], np.int64(tokens[name]), cached)
         full[name].setflags(write=False)
         k[name].setflags(write=False)
@@ -192,6 +193,15 @@ def _full_table(config: ToCaConfig, interval: int, num_steps: int, num_layers: i
     period within the same step: if it does not divide the step, layer 0 alone was full.
     """
     table = np.zeros((num_steps, num_layers), dtype=bool)
+    if config.full_at is not None:
+        if config.full_at and config.full_at[-1] >= num_steps:
+            raise ValueError(
+                f"full_at: expected steps below {num_steps}, as this run has them, got "
+                f"{list(config.full_at)}"
+            )
+        table[list(config.full_at)] = True
+        table[: config.warmup] = True
+        return table
     period, since_full = interval, 0
     for step in range(num_steps):
         index = _index(config, step, num_steps)
@@ -228,18 +238,49 @@ def _token_table(
     The factors are multiplied in this order in float64; the clamp and the product with N are
     float32, then truncated: exact to the token.
     """
-    index = np.array([_index(config, step, num_steps) for step in range(num_steps)], np.float64)
-    layer = np.arange(num_layers, dtype=np.float64)
-    span = config.layer_span or max(num_layers - 1, 1)
-    slope = config.layer_slope
-    per_layer = config.fresh_ratio * (1 - slope + 2 * slope * layer / span)
-    per_step = _along(config, config.step_slope, index, num_steps)
+    per_layer = config.fresh_ratio * _layer_factors(config, module, num_layers)
+    per_step = _step_factors(config, num_steps)
     factor = module_setting(config.module_ratio, module) or 0.0
     ratio = (per_layer[None, :] * per_step[:, None] * factor).astype(np.float32)
     product = np.clip(ratio, np.float32(0), np.float32(1)) * np.float32(num_tokens)
     k: IntTable = product.astype(np.int64)
     k = -(-k // config.round_k_to) * config.round_k_to
     return k.clip(0, num_tokens)
+
+
+def _layer_factors(config: ToCaConfig, module: str, num_layers: int) -> NDArray[np.float64]:
+    given = module_setting(config.layer_ratio, module)
+    if given is None:
+        layer = np.arange(num_layers, dtype=np.float64)
+        span = config.layer_span or max(num_layers - 1, 1)
+        slope = config.layer_slope
+        return 1 - slope + 2 * slope * layer / span
+    if len(given) != num_layers:
+        raise ValueError(
+            f"layer_ratio[{module!r}]: expected {num_layers} factors, one for each layer, got "
+            f"{len(given)}"
+        )
+    return np.array(given)
+
+
+def _step_factors(config: ToCaConfig, num_steps: int) -> NDArray[np.float64]:
+    if config.step_ratio is None:
+        steps = [_index(config, step, num_steps) for step in range(num_steps)]
+        return _along(config, config.step_slope, np.array(steps, np.float64), num_steps)
+    if len(config.step_ratio) != num_steps:
+        raise ValueError(
+            f"step_ratio: expected {num_steps} factors, one for each step of this run, got "
+            f"{len(config.step_ratio)}"
+        )
+    return np.array(config.step_ratio)
+
+
+def _recomputes(full: BoolTable, every: int) -> BoolTable:
+    """Where tokens may be recomputed: in every `every`-th step after a full one."""
+    since = np.zeros(full.shape, dtype=np.int64)
+    for step in range(1, len(full)):
+        since[step] = np.where(full[step], 0, since[step - 1] + 1)
+    return since % every == 0
 
 
 def _index(config: ToCaConfig, step: int, num_steps: int) -> int:

@@ -23,6 +23,7 @@ from .cache import Layout, TokenCache
 from .config import ToCaConfig
 from .models.adapter import Adapter, ModelCall
 from .plan import Plan, module_kind
+from .selectors import SELECTORS
 
 
 class Graphs(Protocol):
@@ -49,6 +50,7 @@ class Run:
         config: ToCaConfig,
         num_steps: int | None,
         timesteps: Sequence[float] | None,
+        mask: Tensor | None = None,
     ) -> None:
         self.adapter = adapter
         self.blocks = blocks
@@ -58,16 +60,18 @@ class Run:
         self.announced = False
         self.ticks = 0  # steps that a scheduler has taken since it announced the run
         self.record_selections = False
+        self.mask = mask
         self.graphs: Graphs | None = None
         self.branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
         partial = config.self_attention == "partial"
+        selector = SELECTORS[config.selector]
         self._kept_layers = dict(
             Counter(
                 name
                 for block in blocks
                 for name in block.layers
-                if (config.selector == "entropy" or not name.endswith("_entropy"))
+                if (selector.source == "queries" or not name.endswith("_entropy"))
                 and (partial or "_kept_" not in name)
             )
         )
@@ -85,8 +89,20 @@ class Run:
                     "full_steps: expected 'exact' for this model, whose full steps are its own, "
                     "got 'fused'"
                 )
-        tokens = dict.fromkeys(self.layers, 4096)
-        self._make_plan(1000, tokens)  # refuses settings that do not fit the model
+        if config.full_steps == "fused" and selector.source == "output":
+            raise ValueError(
+                f"full_steps: expected 'exact' with selector {config.selector!r}, which compares "
+                "what modules return, got 'fused'"
+            )
+        if (mask is None) != (selector.source != "given"):
+            raise ValueError(
+                "mask: expected the weights of the tokens with selector='mask', and none with "
+                f"another, got {'none' if mask is None else tuple(mask.shape)} with "
+                f"{config.selector!r}"
+            )
+        steps = num_steps or len(config.step_ratio or ()) or 1000
+        # Refuses settings that do not fit the model.
+        self._make_plan(steps, dict.fromkeys(self.layers, 4096))
 
     def begin(self, num_steps: int, timesteps: Sequence[float]) -> None:
         """A run is about to start: forget the last one."""

@@ -44,12 +44,13 @@ class Session:
         num_steps: int | None,
         timesteps: Sequence[float] | None,
         graphs: StepGraphs | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self._adapter = models.find(model)
         self._blocks = self._adapter.blocks()
-        self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps)
+        self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask)
         self._run.graphs = self._graphs = graphs
         self.others: list[Session] = []
         # Beneath the hook that accelerate's offloading puts on and takes off in every run.
@@ -88,6 +89,17 @@ class Session:
     @record_selections.setter
     def record_selections(self, value: bool) -> None:
         self._run.record_selections = value
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The weights of the tokens, for selector="mask"; another one holds from the next run."""
+        return self._run.mask
+
+    @mask.setter
+    def mask(self, value: Tensor) -> None:
+        if self._run.mask is None:
+            raise ValueError("mask: expected a model enabled with selector='mask' and a mask")
+        self._run.mask = value
 
     @property
     def selections(self) -> list[Tensor | None]:
@@ -263,6 +275,7 @@ def enable(
     num_steps: int | None = None,
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
+    mask: Tensor | None = None,
 ) -> Session:
     """Turn token-wise caching on for a model, until `disable`.
 
@@ -279,6 +292,9 @@ def enable(
             tells them too.
         cuda_graph: record each kind of step as a CUDA graph and replay it; the model must be on a
             CUDA device.  `round_k_to` of the config bounds how many kinds there are.
+        mask: for selector="mask": (N,) or (samples, N), the weight of every token in the order of
+            the model's tokens; those that weigh most are recomputed.  Modules with another number
+            of tokens (a text's) go by age alone.
 
     Returns:
         The session: `summary()`, `reset()`, `record_selections`.
@@ -312,6 +328,7 @@ def enable(
             num_steps,
             timesteps,
             StepGraphs(CudaGraphs(_cuda_device(model))) if cuda_graph else None,
+            mask,
         )
         for model in found
     ]
@@ -342,6 +359,7 @@ def enabled(
     num_steps: int | None = None,
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
+    mask: Tensor | None = None,
 ) -> Iterator[Session]:
     """`enable` for the length of a with block; the model is put back whatever happens in it."""
     session = enable(
@@ -350,6 +368,7 @@ def enabled(
         num_steps=num_steps,
         timesteps=timesteps,
         cuda_graph=cuda_graph,
+        mask=mask,
     )
     try:
         yield session

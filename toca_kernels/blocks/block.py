@@ -12,16 +12,19 @@ needs one graph for each kind of step, not one for each block.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..cache import Features, Layout, record_score
 from ..ops import QuantizedCache, store_rows
 from ..plan import Plan, is_module, module_kind
+from ..selectors import SELECTORS
 from . import linear
 from .capture import CapturedScores
 from .row_mlp import RowMLP
@@ -50,7 +53,9 @@ class BlockState:
     Attributes:
         full: whether a module computes all tokens.
         fused: whether full steps run through the ops.
-        selector: whose scores a full step must leave behind; None if nobody reads them.
+        selector: whose scores an attention must leave behind; None if nobody reads them.
+        changes: whether what a module returns is compared with what it is about to replace.
+        valid: whether that may be read.
         features: the caches of this layer; dtypes: what they stand for, where they are 8 bits.
         scores: (rows, N) of this layer, where the scores go.
         index, inverse: (B, k) and (B, N) of this layer's selections.
@@ -61,12 +66,15 @@ class BlockState:
         every: (B, N), every token in its own place.
         rounding: where errors of 8-bit caches are summed; None where they are not sampled.
         modulation: this step's row of a table made for all steps; None where there is none.
+        watch: called with the block's arguments and result; None where nobody asks.
         holder: makes `features` and `scores`, in the first step of a kind.
     """
 
     full: dict[str, bool]
     fused: bool
     selector: str | None = None
+    changes: str | None = None
+    valid: dict[str, bool] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
@@ -80,6 +88,7 @@ class BlockState:
     rounding: Tensor | None = None
     modulation: Tensor | None = None
     holder: Holder | None = None
+    watch: Callable[[Any, Any, Any], None] | None = None
 
 
 class Block:
@@ -89,7 +98,7 @@ class Block:
         layers: module -> the layer that this block is for it.
         modules: those of them that are in the plan; the others are kept beside them, such as keys
             and values of a text, which no step changes.
-        selectors: the selectors that the block has scores for; what its taps allow where None.
+        selectors: the selectors that the block has scores for.
         attends: of a block that attends in its own forward, in the order of its keys: the modules
             that get what these receive as scores, and the modules with as many tokens.
         mlps: the MLPs that a family composes from the ops.
@@ -103,14 +112,15 @@ class Block:
         block: nn.Module,
         layers: Mapping[str, int],
         taps: Sequence[Tap],
-        selectors: Sequence[str] | None = None,
         attends: Attends = (),
+        *,
+        ranked: bool = True,
     ) -> None:
         self.block = block
         self.layers = dict(layers)
         self.modules = tuple(name for name in layers if is_module(name))
         self.attends = attends
-        self.selectors = tuple(selectors or self._selectors(taps))
+        self.selectors = tuple(self._selectors(taps, ranked))
         self.composed = False
         self.mlps: Sequence[RowMLP] = ()
         self.state: BlockState | None = None
@@ -128,10 +138,13 @@ class Block:
             "pickle: expected a model that is not enabled, or its state_dict; disable it first"
         )
 
-    def _selectors(self, taps: Sequence[Tap]) -> list[str]:
-        crosses = any(tap.queries for tap in taps)
-        attends = self.attends != () or any(tap.keys for tap in taps)
-        return ["entropy"] * crosses + ["attention", "norm"] * attends + ["random"]
+    def _selectors(self, taps: Sequence[Tap], ranked: bool) -> list[str]:
+        """`ranked` says whether scores can be taken from the block's attention."""
+        crosses = ranked and any(tap.queries for tap in taps)
+        attends = ranked and (self.attends != () or any(tap.keys for tap in taps))
+        lacks = [] if crosses else ["queries"]
+        lacks += [] if attends else ["keys"]
+        return [name for name, one in SELECTORS.items() if one.source not in lacks]
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """(module, the forward that takes its place while the model is enabled)."""
@@ -150,6 +163,11 @@ class Block:
 
     def scoring(self, selector: str) -> list[tuple[str, str]]:
         """(module that leaves scores, module whose tokens they rank)."""
+        source = SELECTORS[selector].source
+        if source == "output":
+            return [(name, name) for name in self.modules]
+        if source not in ("keys", "queries"):
+            return []
         own = [(sources[0], name) for names, sources in self.attends for name in names]
         return own + [
             (one.tap.outputs[0], name) for one in self.taps for name in one.tap.scored(selector)
@@ -159,7 +177,8 @@ class Block:
         """The module that leaves this one's scores and comes before it in the block."""
         if module_kind(name) != "mlp":
             return None
-        return next((source for source, ranked in self.scoring(selector) if ranked == name), None)
+        ranking = (one for one, ranked in self.scoring(selector) if ranked == name != one)
+        return next(ranking, None)
 
     def check(self, plan: Plan, *, partial: bool) -> None:
         """Refuse a plan that asks for what this family does not do.
@@ -214,9 +233,28 @@ class Block:
             return self._own_forward(*args, **kwargs)
         # What is cached is what a module's own forward returns: hooks act on it anew in each step.
         self.composed = not self._hooked and self.composes(state, args, kwargs)
-        if self.composed:
-            return self.compose(state, args, kwargs)
-        return self._through_taps(state, args, kwargs)
+        out = (
+            self.compose(state, args, kwargs)
+            if self.composed
+            else self._through_taps(state, args, kwargs)
+        )
+        if state.watch is not None:
+            state.watch(args, kwargs, out)
+        return out
+
+    def added(self, args: Any, kwargs: Any, out: Any) -> Tensor:
+        """What the block has added to its hidden states, (B, N, C)."""
+        given = inspect.signature(self._own_forward).bind(*args, **kwargs).arguments
+        x: Tensor = next(given[name] for name in ("hidden_states", "x", "img") if name in given)
+        like = [one for one in pytree.tree_leaves(out) if one.shape == x.shape]
+        if not like:
+            raise ValueError(
+                f"residual_threshold: expected {type(self.block).__name__} to return hidden states "
+                f"{tuple(x.shape)} as it was given, it did not"
+            )
+        if len(like) > 1:  # two streams of as many tokens: this one's is what stayed near
+            like.sort(key=lambda one: float((one - x).abs().sum()))
+        return like[0] - x
 
     def composes(self, state: BlockState, args: Any, kwargs: Any) -> bool:
         """Whether this family has a way of its own for this step."""
@@ -341,6 +379,8 @@ class Block:
                 f"{name} of layer {self.layers[name]}: expected to be called with all tokens, "
                 f"{tuple(shape)} in and out, got {tuple(out.shape)}"
             )
+        if state.changes and name in state.scores and state.holder is None:
+            self._compare(state, name, out)
         if isinstance(kept, QuantizedCache):
             store_rows(kept, out.contiguous())
             if state.rounding is not None:
@@ -349,6 +389,15 @@ class Block:
                 state.rounding += torch.stack([error.square().sum(), whole.square().sum()])
         else:
             kept.copy_(out)
+
+    def _compare(self, state: BlockState, name: str, out: Tensor) -> None:
+        """Scores of what a module returned, against what is cached; alike where nothing is."""
+        assert state.changes is not None
+        if state.valid[name]:
+            score = SELECTORS[state.changes].changed(out, self.read(state, name))
+            self.record(state, name, score)
+        else:
+            state.scores[name].zero_()
 
     def read(self, state: BlockState, name: str) -> Tensor:
         """What is cached of a module, in the dtype that it was written in."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..cache import Features
 from ..ops import QuantizedCache, select_tokens, store_rows
+from ..selectors import SELECTORS
 from .capture import CapturedScores
 from .kept_keys import KeptKeys
 
@@ -95,8 +96,11 @@ class Tap:
 
     def scored(self, selector: str | None) -> tuple[str, ...]:
         """The modules whose scores are found here."""
-        if selector == "entropy":
+        source = SELECTORS[selector].source if selector else None
+        if source == "queries":
             return self.queries
+        if source != "keys":
+            return ()
         own = self.outputs if self.rowwise else ()
         return (*own, *(name for names, _ in self.keys for name in names))
 

@@ -45,7 +45,7 @@ class Kind:
     Attributes:
         needs: attributes that such a block has.
         taps: (block, prefix of its modules' names) -> its taps.
-        ranked: whether scores can be taken from its attention; else tokens are chosen at random.
+        ranked: whether scores can be taken from its attention.
         make: (block, layers, taps) -> the block of a family that composes cached steps.
     """
 
@@ -253,7 +253,7 @@ class DiffusersTransformer(Adapter):
 def _made(block: nn.Module, kind: Kind, layers: Mapping[str, int], taps: list[Tap]) -> Block:
     if kind.make is not None:
         return kind.make(block, layers, taps)
-    return Block(block, layers, taps, None if kind.ranked else ("random",))
+    return Block(block, layers, taps, ranked=kind.ranked)
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
