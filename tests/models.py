@@ -187,6 +187,46 @@ def sample(
 # --- the naive ToCa ------------------------------------------------------------------------------
 
 
+class Kept:
+    """A module's outputs, and how they moved from one computation of a token to the next.
+
+    Read at a later step as a Taylor expansion of `order` terms in the steps since.
+    """
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self.computed = 0  # times that all tokens were computed
+
+    def write(self, value: Tensor, step: int) -> None:
+        """All tokens."""
+        if self.computed == 0:
+            self.value, self.step = value, torch.full(value.shape[:2], step)
+            self.slopes = [torch.zeros_like(value) for _ in range(2)]
+        else:
+            self.write_at(value, torch.ones(value.shape[:2], dtype=torch.bool), step)
+        self.computed += 1
+
+    def write_at(self, value: Tensor, fresh: Tensor, step: int) -> None:
+        """Those tokens that are fresh."""
+        passed = (step - self.step)[:, :, None]
+        first = (value - self.value) / passed
+        second = (first - self.slopes[0]) / passed if self.computed > 1 else torch.zeros_like(first)
+        keep = ~fresh[:, :, None]
+        self.slopes = [
+            torch.where(keep, old, new)
+            for old, new in zip(self.slopes, (first, second), strict=True)
+        ]
+        self.value = torch.where(keep, self.value, value)
+        self.step = torch.where(fresh, step, self.step)
+
+    def read(self, step: int) -> Tensor:
+        passed = (step - self.step)[:, :, None]
+        out = self.value
+        for power in range(1, min(self.order, self.computed - 1) + 1):
+            out = out + passed**power / power * self.slopes[power - 1]
+        return out
+
+
 class NaiveToCa:
     """ToCa (ICLR 2025) on a DiT, from its description: no kernel, no shortcut.
 
@@ -221,9 +261,9 @@ class NaiveToCa:
         self.full, self.k = plan.full["mlp"], plan.k["mlp"]
         self.config, self.grid = config, grid
         self.step = -1
-        self.attn: dict[int, Tensor] = {}
+        self.attn = [Kept(config.forecast) for _ in blocks]
         self.map: dict[int, Tensor] = {}
-        self.mlp: dict[int, Tensor] = {}
+        self.mlp = [Kept(config.forecast) for _ in blocks]
         self.age: dict[int, Tensor] = {}
         self.fresh: list[list[Tensor]] = []
         self.margin = float("inf")
@@ -252,22 +292,23 @@ class NaiveToCa:
             return F.layer_norm(x, x.shape[-1:], eps=eps)
 
         if self.full[self.step, layer]:
-            self.attn[layer], self.map[layer] = attention(
-                block, norm(x, eps_a) * (1 + scale_a) + shift_a
-            )
+            attn, self.map[layer] = attention(block, norm(x, eps_a) * (1 + scale_a) + shift_a)
+            self.attn[layer].write(attn, self.step)
             self.age[layer] = torch.zeros(x.shape[:2], dtype=x.dtype)
-            x = x + gate_a * self.attn[layer]
-            self.mlp[layer] = mlp(block, norm(x, eps_m) * (1 + scale_m) + shift_m)
+            x = x + gate_a * attn
+            out = mlp(block, norm(x, eps_m) * (1 + scale_m) + shift_m)
+            self.mlp[layer].write(out, self.step)
             self.fresh[-1].append(torch.ones(x.shape[:2], dtype=torch.bool))
-            return x + gate_m * self.mlp[layer]
+            return x + gate_m * out
 
-        x = x + gate_a * self.attn[layer]
+        x = x + gate_a * self.attn[layer].read(self.step)
         index = self.select(layer, int(self.k[self.step, layer]))
         self.fresh[-1].append(torch.zeros(x.shape[:2], dtype=torch.bool).scatter_(1, index, True))
         at = index[:, :, None].expand(-1, -1, x.shape[2])
         fresh = mlp(block, norm(x.gather(1, at), eps_m) * (1 + scale_m) + shift_m)
-        self.mlp[layer] = self.mlp[layer].scatter(1, at, fresh)
-        return x + gate_m * self.mlp[layer]
+        rows = torch.zeros_like(x).scatter(1, at, fresh)
+        self.mlp[layer].write_at(rows, self.fresh[-1][-1], self.step)
+        return x + gate_m * self.mlp[layer].read(self.step)
 
     def select(self, layer: int, k: int) -> Tensor:
         """(B, k) tokens: s1 (attention received), s3 (age), s4 (the best of every cell)."""

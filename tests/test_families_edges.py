@@ -73,18 +73,118 @@ def test_a_copied_scheduler_is_its_own():
         assert session._run.num_steps == 6
 
 
+def selections(session):
+    return [branch.done.selections for branch in session._run.branches.values()]
+
+
+def modules(step):
+    """The image's: a text may have another length in each branch."""
+    return [name for name in step if not name.startswith(("txt_", "single_"))]
+
+
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", ["wan", "flux_true_cfg", "qwenimage"])
-def test_a_selection_is_not_shared_between_calls(name):
+def test_a_selection_is_shared_between_calls(name, images):
     tiny = PIPELINES[name]
     pipe = tiny()
     prompts = {
-        key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in tiny.prompt().items()
+        key: value.repeat(images, *[1] * (value.ndim - 1)) for key, value in tiny.prompt().items()
     }
-    with (
-        toca.enabled(pipe, config(share_cfg_selection=True)),
-        pytest.raises(ValueError, match="share_cfg_selection: expected both guidance halves in"),
-    ):
-        tiny.call(pipe, STEPS, **prompts)
+    recomputed = []
+    for share in (True, False):
+        given = config(
+            share_cfg_selection=share, selector="entropy" if name == "wan" else "attention"
+        )
+        with toca.enabled(pipe, given) as session:
+            session.record_selections = True
+            tiny.call(pipe, STEPS, **prompts)
+            cond, uncond = selections(session)
+        same = [
+            torch.equal(one[module], other[module])
+            for one, other in zip(cond, uncond, strict=True)
+            if one is not None
+            for module in modules(one)
+        ]
+        recomputed.append(sum(int(m.sum()) for step in uncond if step for m in step.values()))
+        assert all(same) == share
+    assert recomputed[0] == recomputed[1]
+
+
+def pixart_run(model, config, calls, steps=6):
+    """(prediction of either half at the last step, selections of each call's branch)."""
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 16, 16, generator=noise)
+    text = torch.randn(2, 12, model.config.caption_channels, generator=noise)
+    mask = torch.ones(2, 12)
+    mask[1, 7:] = 0
+
+    def predict(halves, t):
+        rows = slice(halves[0], halves[-1] + 1)
+        return model(
+            x.repeat(len(halves), 1, 1, 1),
+            encoder_hidden_states=text[rows],
+            encoder_attention_mask=mask[rows],
+            timestep=torch.full((len(halves),), t),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0][:, :4]
+
+    with toca.enabled(model, config, num_steps=steps) as session:
+        session.record_selections = True
+        for step in range(steps):
+            t = 999 - 150 * step
+            out = torch.cat([predict(halves, t) for halves in calls])
+            x = x - 0.1 * (out[1:] + 2 * (out[:1] - out[1:]))
+        return out, selections(session)
+
+
+def test_calls_of_their_own_share_what_a_batch_shares():
+    """Entropies of both calls rank the tokens, as those of both halves do."""
+    model = PIPELINES["pixart_alpha"]().transformer
+    given = config(
+        selector="entropy", share_cfg_selection=True, module_ratio={"mlp": 1.0}, age_weight=0.05
+    )
+    batched, [together] = pixart_run(model, given, [(0, 1)])
+    apart, [first, second] = pixart_run(model, given, [(0,), (1,)])
+    assert (apart - batched).norm() <= 1e-5 * batched.norm()
+    steps = [step for step, done in enumerate(together) if done is not None]
+    assert steps
+    for step in steps:
+        for module, tokens in together[step].items():
+            assert torch.equal(first[step][module], tokens[:, :1]), (step, module)
+            assert torch.equal(second[step][module], tokens[:, :1]), (step, module)
+    alone, [mine] = pixart_run(model, given.replace(share_cfg_selection=False), [(0, 1)])
+    assert not torch.equal(mine[1]["mlp"][:, 0], mine[1]["mlp"][:, 1])
+
+
+def test_refreshed_entropies_are_shared_between_calls():
+    model = PIPELINES["pixart_alpha"]().transformer
+    given = config(selector="entropy", share_cfg_selection=True)
+    _, [first, second] = pixart_run(model, given, [(0,), (1,)])
+    for one, other in zip(first, second, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("forecast", [0, 2])
+def test_a_guidance_branch_that_comes_and_goes_shares(forecast):
+    """Guidance over a part of the run: the second call is there in steps 2 to 4 only."""
+    tiny = PIPELINES["wan"]
+    pipe = tiny()
+    given = config(selector="random", share_cfg_selection=True, forecast=forecast)
+    model = pipe.transformer
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(1, model.config.in_channels, 3, 8, 8, generator=noise)
+    texts = torch.randn(2, 12, model.config.text_dim, generator=noise)
+    conditional, unconditional = texts[:1].clone(), texts[1:].clone()
+    for _ in range(2):
+        with toca.enabled(model, given, num_steps=STEPS) as session:
+            session.record_selections = True
+            for step in range(STEPS):
+                t = torch.tensor([900 - 100 * step])
+                for text in (conditional, unconditional)[: 1 + (2 <= step < 5)]:
+                    model(x, t, text)
+            assert session.summary().cached_steps > 0
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,10 @@ def test_disabling_what_is_not_enabled(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selector": "entropy"}, "selector: expected one of attention, norm, similarity, random, mask"),
+        (
+            {"selector": "entropy"},
+            "selector: expected one of attention, norm, similarity, random, mask",
+        ),
         ({"module_interval": {"attn": 2}}, "module_interval: expected one interval"),
         ({"module_ratio": {"attn": 1.0, "mlp": 1.0}}, "module_ratio: expected no ratio for 'attn'"),
         ({"module_ratio": {"cross_attn": 1.0}}, "module_ratio: expected a factor for one of"),
@@ -553,12 +556,19 @@ def test_shared_halves_that_are_equal_select_as_one_does(model):
     assert torch.allclose(both, single, atol=1e-4)
 
 
-def test_halves_of_an_odd_batch_cannot_share(model):
-    with (
-        toca.enabled(model, CONFIG.replace(share_cfg_selection=True), num_steps=8),
-        pytest.raises(ValueError, match=r"share_cfg_selection: .* got 3 samples"),
-    ):
-        sample(model, 8, labels=(1, 2, 3), predict=call_model)
+def test_an_odd_batch_has_no_halves_to_share(model):
+    """Guidance that is off: every sample selects for itself."""
+    labels = (3, 7, 9)
+    shared, ours = run(
+        model,
+        CONFIG.replace(share_cfg_selection=True),
+        record=True,
+        predict=call_model,
+        labels=labels,
+    )
+    alone, own = run(model, CONFIG, record=True, predict=call_model, labels=labels)
+    assert torch.equal(shared, alone)
+    assert_same_selections(ours.selections, own.selections)
 
 
 def test_recorded_selections_are_the_plan(model):

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .blocks.block import Block, BlockState
 from .blocks.self_mlp import CACHED_CHUNKS, SelfMLP
 from .blocks.taps import Late
-from .cache import Features, Layout, TokenCache, Track
+from .cache import Features, Layout, TokenCache, Track, rank
 from .done import Done
 from .models.adapter import ModelCall
 from .ops import free_rows
@@ -43,6 +43,9 @@ class Branch:
         self.discovering = False  # whether the step at hand shows what the outputs look like
         self._signature: Hashable = None
         self.adopted = position
+        self.leader: Branch | None = None  # whose selections these are, too
+        self.followers: list[Branch] = []
+        self.selected: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}  # of the last step
         self._now: float | None = None
         self._call: ModelCall = None  # type: ignore[assignment]  # of the step at hand
         self._forced = False
@@ -51,6 +54,55 @@ class Branch:
         self._tables: list[Tensor] | None = None
         self._rows: dict[int, int] = {}
         self._generator: torch.Generator | None = None
+
+    # --- guidance in calls of its own ------------------------------------------------------------
+
+    def follow(self, leader: Branch) -> None:
+        """Select what the branch has selected that is called first in each step."""
+        leader = leader.leader or leader
+        self.leader = leader
+        leader.followers.append(self)
+        for track in leader.cache.tracks.values() if leader.cache else ():
+            track.part()
+
+    def _scores(self, name: str) -> list[Tensor]:
+        """Scores of a module, of all branches that share its selection."""
+        own = self.cache.tracks[name].scores
+        found = [
+            other.cache.tracks[name].scores for other in self.followers if other.cache is not None
+        ]
+        return [own, *(scores for scores in found if scores.shape == own.shape)]
+
+    @property
+    def _offset(self) -> float:
+        """What is added to the scores: the published one of entropies is 1 + H.
+
+        Branches that share a selection have the map of both, half of its weight on either text:
+        ln 2 more than the mean of their entropies.
+        """
+        shared = self.run.config.share_cfg_selection
+        return 1 + math.log(2) * shared if self.selector.source == "queries" else 0.0
+
+    def _rank(self) -> None:
+        """After a step that left scores behind."""
+        for name, track in self.cache.tracks.items():
+            if track.selects and track.rows:
+                rank(track.score, self._scores(name), self._offset)
+
+    def _taken_over(self, name: str, track: Track) -> list[bool]:
+        """The layers whose selection is the leader's, which it has made in this step."""
+        leader = self.leader
+        over = [False] * track.layers
+        if leader is None or leader.position != self.position + 1:
+            return over
+        for layer, (index, inverse) in leader.selected.get(name, {}).items():
+            full, k = self.done.full[-1][name][layer], self.done.k[-1][name][layer]
+            same = inverse.shape == track.scores.shape[1:] and index.shape[1] == k
+            if same and not full:
+                track.note(layer, index, inverse)
+                track.age[layer] = (track.age[layer] + 1).masked_fill(inverse >= 0, 0)
+                over[layer] = True
+        return over
 
     # --- before a step --------------------------------------------------------------------------
 
@@ -76,6 +128,9 @@ class Branch:
         self.adopted = self.position
         self._tables, self._rows = None, {}
         self.cache = self.run.cache_for(signature, self._call.timestep.device)
+        if self.leader is not None or self.followers:
+            for track in self.cache.tracks.values():
+                track.part()
         self.discovering = not self.cache.layout
         if not self.discovering:
             self._learn()
@@ -180,7 +235,6 @@ class Branch:
             state.changes = self.selector.name if compares else None
         state.refreshes = self.selector.source == "queries"
         state.partial = self.run.config.self_attention == "partial"
-        state.shared = self.run.config.share_cfg_selection
         if self.run.config.cache_dtype and 0 in block.layers.values():
             state.rounding = self.cache.rounding
         if self.discovering:
@@ -192,11 +246,11 @@ class Branch:
             track = self.cache.tracks[name]
             state.valid[name] = track.valid[layer]
             B, N, _ = track.layout.shape
-            state.features[name] = track.features[layer]  # type: ignore[assignment]  # held
+            state.features[name] = track.at(layer)
             state.dtypes[name] = track.layout.dtype
             state.every[name] = self.cache.every(B, N)
             if track.selects:
-                state.scores[name] = track.score[layer]
+                state.scores[name] = track.scores[layer]
         return state
 
     def _leaves_scores(self, block: Block) -> bool:
@@ -217,7 +271,7 @@ class Branch:
         """
         if self.discovering or self.run.record_selections:
             return None
-        if self.run.config.residual_threshold is not None:
+        if self.run.config.residual_threshold is not None or self.leader or self.followers:
             return None
         full, k = self.done.full[-1], self.done.k[-1]
         decided = tuple((name, tuple(full[name]), tuple(k[name])) for name in full)
@@ -226,7 +280,8 @@ class Branch:
             (state.selector, state.changes, *(state.valid.values() if state.changes else ()))
             for state in states
         )
-        return id(self.cache), decided, scores, states[0].modulation is None
+        computed = tuple(tuple(track.computed) for track in self.cache.tracks.values())
+        return id(self.cache), decided, scores, computed, states[0].modulation is None
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -237,6 +292,10 @@ class Branch:
         if not self.discovering:
             self._select()
         out = own(*args, **kwargs)
+        states = [block.state for block in self.run.blocks if block.state]
+        if any(state.selector or state.changes for state in states):
+            leads = self.leader is not None and self.leader.cache is not None
+            (self.leader if leads else self)._rank()  # type: ignore[union-attr]
         for block in self.run.blocks:
             state = block.state
             if state is None:
@@ -249,9 +308,13 @@ class Branch:
     def _select(self) -> None:
         for name, track in self.cache.tracks.items():
             track.forget_selection()
+            if track.forecast:
+                track.measure()
             if track.selects:
                 track.young(self.done.full[-1][name])
                 self._select_of(name, track)
+            elif track.forecast:
+                track.grow(self.done.full[-1][name])
         compiling = "torch._dynamo" in sys.modules
         for block in self.run.blocks:
             state = block.state
@@ -268,9 +331,11 @@ class Branch:
         """Select among a module's tokens, in all layers at once or where new scores are known."""
         config = self.run.config
         k = self.done.k[-1][name]
-        late = self._late(name)
+        late, over = self._late(name), self._taken_over(name, track)
+        late = [waits and not taken for waits, taken in zip(late, over, strict=True)]
         cached = [
-            not (full or waits) for full, waits in zip(self.done.full[-1][name], late, strict=True)
+            not (full or waits or taken)
+            for full, waits, taken in zip(self.done.full[-1][name], late, over, strict=True)
         ]
         grid = self._grid(name)
         settings: dict[str, Any] = {
@@ -288,11 +353,13 @@ class Branch:
             if layer is not None and late[layer]:
                 assert block.state is not None
                 block.state.late[name] = Late(
+                    tuple(scores[layer] for scores in self._scores(name)),
+                    self._offset,
+                    track.score[layer],
                     track.age[layer],
                     [k[layer]] * track.rows,
                     settings,
                     self.cache.nan,
-                    config.share_cfg_selection,
                 )
 
     def _grid(self, name: str) -> tuple[int, ...] | None:
@@ -383,8 +450,9 @@ class Branch:
             self._discovered()
         done, cache = self.done, self.cache
         for name, full in done.full[-1].items():
-            track = cache.tracks[name]
-            track.valid = [was or now for was, now in zip(track.valid, full, strict=True)]
+            cache.tracks[name].ran(full)
+        if self.run.config.share_cfg_selection:
+            self.selected = {name: track.taken for name, track in cache.tracks.items()}
         self.position += 1
         self.last = self._now
         done.seconds.append(seconds)
@@ -489,4 +557,4 @@ class _Discovery:
         if track.selects:
             B, N = score.shape
             track.hold_scores(B, N, score.device)
-            scores[module] = track.score[layer]
+            scores[module] = track.scores[layer]

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import QuantizedCache, select_tokens
+from .ops import ForecastCache, QuantizedCache, select_tokens
 
-Features = Tensor | QuantizedCache
+Features = Tensor | QuantizedCache | ForecastCache
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -42,9 +42,13 @@ class Track:
         layouts: of each layer's outputs; None before the first is held.
         features: for each layer, what its last step left there; None before the first.
         valid: whether that may be read.
-        score: (layers, rows, N), float32; what the selector left in the last full step.
+        scores: (layers, B, N), float32; what the selector left in the last full step.
+        score: (layers, rows, N), float32; the same as they rank, see `rank`.
         age: (layers, rows, N), int32; steps since a token was recomputed.
         rows: rows of a selection per layer: B, or B / 2 where guidance halves share theirs.
+        forecast: order of the expansion that is read; 0 reads what is cached as it is.
+        distance: (layers, B, N), float32; of a forecast, age + 1 at the start of the step.
+        computed: how many times each layer ran in full, as far as a forecast asks.
     """
 
     def __init__(
@@ -54,7 +58,8 @@ class Track:
         *,
         selects: bool = True,
         cache_dtype: str | None = None,
-        share_halves: bool = False,
+        forecast: int = 0,
+        shared: bool = False,
     ) -> None:
         self.name = name
         self.layers = layers
@@ -62,17 +67,21 @@ class Track:
         self.layouts: list[Layout | None] = [None] * layers
         self.features: list[Features | None] = [None] * layers
         self.valid = [False] * layers
+        self.scores = torch.empty(0)
         self.score = torch.empty(0)
         self.age = torch.empty(0, dtype=torch.int32)
         self.rows = 0
+        self.forecast = forecast
+        self.distance = torch.empty(0)
+        self.computed = [0] * layers
         self._eight_bits = EIGHT_BITS[cache_dtype] if cache_dtype else None
-        self._share_halves = share_halves
+        self.shared = shared
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hold(self, layer: int, layout: Layout) -> Features:
         """The buffers of a layer, made where there are none."""
         B, N, C = layout.shape
-        if self.selects and self.age.numel() == 0:
+        if (self.selects or self.forecast) and self.age.numel() == 0:
             self.hold_scores(B, N, layout.device)
         self.layouts[layer] = layout
         features = self.features[layer]
@@ -83,20 +92,42 @@ class Track:
             if self._eight_bits:
                 scale = torch.empty((B, N), dtype=torch.float32, device=layout.device)
                 features = QuantizedCache(values, scale)
+            if self.forecast:
+                slopes = tuple(torch.empty_like(values) for _ in range(self.forecast))
+                features = ForecastCache(values, slopes, self.distance[layer], 0)
             self.features[layer] = features
         return features
 
     def hold_scores(self, B: int, N: int, device: torch.device) -> None:
         """Scores and ages of all layers, for selections among B times N tokens."""
-        if self._share_halves and B % 2:
-            raise ValueError(
-                f"share_cfg_selection: expected a batch of two guidance halves, got {B} samples"
-            )
         if self.age.numel():
             return
-        self.rows = B // 2 if self._share_halves else B
+        self.rows = B // 2 if self.shared and B % 2 == 0 else B
+        self.scores = torch.zeros((self.layers, B, N), device=device)
         self.score = torch.zeros((self.layers, self.rows, N), device=device)
         self.age = torch.zeros((self.layers, self.rows, N), dtype=torch.int32, device=device)
+        if self.forecast:
+            self.distance = torch.ones((self.layers, B, N), device=device)
+
+    @property
+    def halves(self) -> int:
+        """2 where guidance halves of a batch share their selection, else 1."""
+        return self.scores.shape[1] // self.rows if self.rows else 1
+
+    def part(self) -> None:
+        """Guidance comes in calls of its own: this batch has no halves."""
+        self.shared = False
+        if self.halves == 2:
+            self.rows *= 2
+            self.score, self.age = self.score.repeat(1, 2, 1), self.age.repeat(1, 2, 1)
+
+    def at(self, layer: int) -> Features:
+        """The features of a layer, as the step at hand reads them."""
+        features = self.features[layer]
+        assert features is not None
+        if isinstance(features, ForecastCache):
+            return features._replace(computed=self.computed[layer])
+        return features
 
     @property
     def layout(self) -> Layout:
@@ -114,7 +145,8 @@ class Track:
     def other_nbytes(self) -> int:
         """Bytes of scores, ages and the selection of the step at hand."""
         selected = sum(index.nbytes + inverse.nbytes for index, inverse in self._selected.values())
-        return self.score.nbytes + self.age.nbytes + selected
+        tensors = (self.scores, self.score, self.age, self.distance)
+        return selected + sum(tensor.nbytes for tensor in tensors)
 
     def forget_selection(self) -> None:
         self._selected.clear()
@@ -125,9 +157,32 @@ class Track:
 
     def young(self, layers: Sequence[bool]) -> None:
         """No token of these layers is stale: they run in full."""
-        if self.selects and self.age.numel():
+        if self.age.numel():
             for first, stop in _runs(layers):
                 self.age[first:stop].zero_()
+
+    def grow(self, full: Sequence[bool]) -> None:
+        """Before a step in which nobody selects: all tokens are a step older but in full layers."""
+        self.age += 1
+        self.young(full)
+
+    def measure(self) -> None:
+        """Before a step changes the ages: how far the tokens are from where they were computed."""
+        for half in self.distance.chunk(self.halves, dim=1):
+            half.copy_(self.age).add_(1)
+
+    def ran(self, full: Sequence[bool]) -> None:
+        """After a step."""
+        self.valid = [was or now for was, now in zip(self.valid, full, strict=True)]
+        most = self.forecast + 1  # more is not told apart
+        counts = zip(self.computed, full, strict=True)
+        self.computed = [min(count + now, most) for count, now in counts]
+
+    def invalidate(self) -> None:
+        """What is cached may not be read."""
+        self.valid = [False] * self.layers
+        self.computed = [0] * self.layers
+        self.forget_selection()
 
     def select(
         self,
@@ -160,11 +215,16 @@ class Track:
             for layer in range(first, stop):
                 at = (layer - first) * self.rows
                 index, inverse = selection.rows(at, at + self.rows)
-                if self._share_halves:
+                if self.halves == 2:
                     index, inverse = index.repeat(2, 1), inverse.repeat(2, 1)
                 self._selected[layer] = (index, inverse)
             nan = nan + selection.nan.sum()
         return nan
+
+    @property
+    def taken(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The selections of the step at hand, by layer."""
+        return dict(self._selected)
 
     def selection(self, layer: int) -> tuple[Tensor, Tensor]:
         """(index (B, k), inverse (B, N)) of a layer in the step at hand."""
@@ -198,7 +258,8 @@ class TokenCache:
         selecting: Collection[str] = (),
         beside: Collection[str] = (),
         cache_dtype: str | None = None,
-        share_halves: bool = False,
+        forecast: int = 0,
+        shared: bool = False,
     ) -> None:
         self.tracks = {
             name: Track(
@@ -206,7 +267,8 @@ class TokenCache:
                 count,
                 selects=name in selecting,
                 cache_dtype=None if name in beside else cache_dtype,
-                share_halves=share_halves,
+                forecast=0 if name in beside else forecast,
+                shared=shared,
             )
             for name, count in layers.items()
         }
@@ -269,8 +331,7 @@ class TokenCache:
     def invalidate(self) -> None:
         """Forget what is cached; the buffers stay."""
         for track in self.tracks.values():
-            track.valid = [False] * track.layers
-            track.forget_selection()
+            track.invalidate()
         self.nan.zero_()
         self.rounding.zero_()
         self.off_track.zero_()
@@ -304,16 +365,24 @@ def tensors(features: Features | None) -> tuple[Tensor, ...]:
     """The tensors that hold a layer's features."""
     if isinstance(features, QuantizedCache):
         return features.values, features.scale
+    if isinstance(features, ForecastCache):
+        return features.values, *features.slopes
     return () if features is None else (features,)
 
 
-def record_score(into: Tensor, score: Tensor) -> None:
-    """Keep a selector's (B, N) scores in (rows, N), normalised to length 1 over the tokens.
+def rank(into: Tensor, scores: Sequence[Tensor], offset: float) -> None:
+    """A selector's scores as they rank, normalised to length 1 over the tokens.
 
-    Where two guidance halves share their selection (rows = B / 2), the mean of both.
+    Args:
+        into: (..., rows, N).
+        scores: (..., B, N) of each guidance branch that shares the selection: their mean ranks.
+            Where rows = B / 2, so does the mean of the batch's halves.
+        offset: added to the scores.
     """
-    if into.shape[0] != score.shape[0]:
-        score = score.unflatten(0, (2, into.shape[0])).mean(dim=0)
+    score = scores[0] if len(scores) == 1 else torch.stack(list(scores)).mean(dim=0)
+    if into.shape[-2] != score.shape[-2]:
+        score = score.unflatten(-2, (2, into.shape[-2])).mean(dim=-3)
+    score = score + offset
     norm = torch.linalg.vector_norm(score, dim=-1, keepdim=True).clamp(min=1e-12)
     torch.div(score, norm, out=into)
 

@@ -154,7 +154,8 @@ class Run:
             ],
             beside=self._kept_layers.keys() - self.layers.keys(),
             cache_dtype=config.cache_dtype,
-            share_halves=config.share_cfg_selection,
+            forecast=config.forecast,
+            shared=config.share_cfg_selection,
         )
         cache.hold(self._layouts.get(signature, {}))
         if self.graphs is not None:
@@ -272,14 +273,11 @@ class Run:
         if position == 0:
             for block in self.blocks:
                 block.prepare(prepack=self.config.prepack)
-        if peers and self.config.share_cfg_selection:
-            raise ValueError(
-                "share_cfg_selection: expected both guidance halves in one batch, got one call for "
-                "each; use share_cfg_selection=False"
-            )
         if position == 0 and counted and self.ticks < (self.num_steps or 0):
             position = self.ticks  # of a second model, which takes over in the middle of a run
         branch = Branch(self, position, first)
+        if peers and self.config.share_cfg_selection:
+            branch.follow(next(iter(peers.values())))
         self.branches = {**peers, key: branch}
         return branch
 

@@ -92,6 +92,7 @@ class Watch:
         for block, state in self._states.items():
             for name in self._watched[block]:
                 at = call, name, block.layers[name]
+                block.settle(state, name)
                 if self._reference is None:
                     self.outputs[at] = _sample(block.read(state, name))
                 elif not state.full[name]:

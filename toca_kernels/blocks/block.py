@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..cache import Features, Layout, record_score
-from ..ops import QuantizedCache, store_rows
+from ..cache import Features, Layout
+from ..ops import ForecastCache, read_rows, store_rows
 from ..plan import Plan, is_module, module_kind
 from ..selectors import SELECTORS
 from . import linear
@@ -57,11 +57,10 @@ class BlockState:
         changes: whether what a module returns is compared with what it is about to replace.
         valid: whether that may be read.
         features: the caches of this layer; dtypes: what they stand for, where they are 8 bits.
-        scores: (rows, N) of this layer, where the scores go.
+        scores: (B, N) of this layer, where the scores go.
         index, inverse: (B, k) and (B, N) of this layer's selections.
         refreshes: whether rows that are recomputed get new scores, too.
         partial: whether self-attention is recomputed for selected tokens.
-        shared: whether both guidance halves get one selection.
         late: selections of this layer that wait for new scores.
         every: (B, N), every token in its own place.
         rounding: where errors of 8-bit caches are summed; None where they are not sampled.
@@ -82,7 +81,6 @@ class BlockState:
     inverse: dict[str, Tensor] = field(default_factory=dict)
     refreshes: bool = False
     partial: bool = False
-    shared: bool = False
     late: dict[str, Late] = field(default_factory=dict)
     every: dict[str, Tensor] = field(default_factory=dict)
     rounding: Tensor | None = None
@@ -352,9 +350,9 @@ class Block:
                     f"{name} of layer {self.layers[name]}: expected scores of "
                     f"{state.scores[name].shape[1]} tokens, got {score.shape[1]}"
                 )
-            record_score(state.scores[name], score)
+            state.scores[name].copy_(score)
         if name in state.late:
-            state.index[name], state.inverse[name] = state.late[name].select(state.scores[name])
+            state.index[name], state.inverse[name] = state.late[name].select()
 
     # --- caches -----------------------------------------------------------------------------
 
@@ -373,7 +371,7 @@ class Block:
     def write(self, state: BlockState, name: str, out: Tensor) -> None:
         """Write all rows of a module's output to its cache."""
         kept = self.hold(state, name, out)
-        shape = kept.values.shape if isinstance(kept, QuantizedCache) else kept.shape
+        shape = kept.shape if isinstance(kept, Tensor) else kept.values.shape
         if out.shape != shape:
             raise OtherLayout(
                 f"{name} of layer {self.layers[name]}: expected to be called with all tokens, "
@@ -381,14 +379,18 @@ class Block:
             )
         if state.changes and name in state.scores and state.holder is None:
             self._compare(state, name, out)
-        if isinstance(kept, QuantizedCache):
-            store_rows(kept, out.contiguous())
-            if state.rounding is not None:
-                whole = out.float()
-                error = kept.values.float() * kept.scale[:, :, None] - whole
-                state.rounding += torch.stack([error.square().sum(), whole.square().sum()])
-        else:
+        if isinstance(kept, Tensor):
             kept.copy_(out)
+            return
+        if isinstance(kept, ForecastCache):
+            store_rows(kept, out.to(kept.values.dtype).contiguous())
+            kept.distance.zero_()  # for whoever reads it within this step
+            return
+        store_rows(kept, out.contiguous())
+        if state.rounding is not None:
+            whole = out.float()
+            error = kept.values.float() * kept.scale[:, :, None] - whole
+            state.rounding += torch.stack([error.square().sum(), whole.square().sum()])
 
     def _compare(self, state: BlockState, name: str, out: Tensor) -> None:
         """Scores of what a module returned, against what is cached; alike where nothing is."""
@@ -402,9 +404,13 @@ class Block:
     def read(self, state: BlockState, name: str) -> Tensor:
         """What is cached of a module, in the dtype that it was written in."""
         kept = state.features[name]
-        if isinstance(kept, QuantizedCache):
-            return (kept.values.float() * kept.scale[:, :, None]).to(state.dtypes[name])
-        return kept
+        return kept if isinstance(kept, Tensor) else read_rows(kept, dtype=state.dtypes[name])
+
+    def settle(self, state: BlockState, name: str) -> None:
+        """After a step: what it recomputed is no longer extrapolated by `read`."""
+        kept = state.features[name]
+        if isinstance(kept, ForecastCache) and name in state.inverse:
+            kept.distance.masked_fill_(state.inverse[name] >= 0, 0.0)
 
     def read_rows(self, state: BlockState, names: Sequence[str], index: Tensor) -> Tensor:
         """The selected rows of what is cached of modules whose tokens follow each other."""
@@ -412,16 +418,12 @@ class Block:
             whole = torch.cat([self.read(state, name) for name in names], dim=1)
             return taken_rows(whole, index)
         kept = state.features[names[0]]
-        if isinstance(kept, QuantizedCache):
-            scale = kept.scale.gather(1, index)[:, :, None]
-            return (
-                taken_rows(kept.values.view(torch.int8), index).view(kept.values.dtype).float()
-                * scale
-            ).to(state.dtypes[names[0]])
-        return taken_rows(kept, index)
+        if isinstance(kept, Tensor):
+            return taken_rows(kept, index)
+        return read_rows(kept, index, dtype=state.dtypes[names[0]])
 
     @staticmethod
     def read_shape(state: BlockState, name: str) -> torch.Size:
         """(B, N, C) of what is cached."""
         kept = state.features[name]
-        return kept.values.shape if isinstance(kept, QuantizedCache) else kept.shape
+        return kept.shape if isinstance(kept, Tensor) else kept.values.shape

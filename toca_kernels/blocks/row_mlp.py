@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..cache import Features
 from ..ops import (
-    QuantizedCache,
     Residual,
     gather_modulate,
     mlp_rows,
     partial_mlp,
+    read_rows,
     scatter_residual,
 )
 from . import linear
@@ -183,8 +183,8 @@ def normed_rows(
     rows = x
     if residual is not None:
         gate, cache = residual
-        if isinstance(cache, QuantizedCache):
-            cache = (cache.values.float() * cache.scale[:, :, None]).to(x.dtype)
+        if not isinstance(cache, Tensor):
+            cache = read_rows(cache, dtype=x.dtype)
         rows = rows + (cache if gate is None else _per_token(gate) * cache)
     if index is not None:
         rows = taken_rows(rows, index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import Features
-from ..ops import QuantizedCache, select_tokens, store_rows
+from ..cache import Features, rank
+from ..ops import ForecastCache, QuantizedCache, select_tokens, store_rows
 from ..selectors import SELECTORS
 from .capture import CapturedScores
 from .kept_keys import KeptKeys
@@ -203,7 +202,7 @@ class Tapped:
             entropy = _entropies(found, B, N)
             self.block.write(state, tap.entropy, entropy[:, :, None])
             for name in tap.queries:
-                self.block.record(state, name, _rank(state) + entropy)
+                self.block.record(state, name, entropy)
             return out
         own = tap.outputs if tap.rowwise else ()
         sizes = [
@@ -223,13 +222,11 @@ class Tapped:
             rows = self.block.read_rows(state, tap.outputs, state.index[tap.selection])
             # All of them as the first one: the block puts them together again.
             return (rows, *(rows[:, :0] for _ in tap.outputs[1:])) if tap.outputs[1:] else rows
-        features = [self.block.read(state, name) for name in tap.outputs]
-        whole = tuple(features) if len(features) > 1 else next(iter(features), None)
         if tap.cached == "whole" and not (tap.rowwise and state.partial):
-            return whole
+            return self._whole(state)
         index = state.index[tap.selection]
         if index.shape[1] == 0 and tap.cached != "rows_in":
-            return whole
+            return self._whole(state)
         if tap.cached == "rows_out":
             rows = self._own(*args, **kwargs)
         elif tap.on_rows is not None:
@@ -245,6 +242,11 @@ class Tapped:
         write_rows(state.features[tap.outputs[0]], rows, index)
         return self.block.read(state, tap.outputs[0])
 
+    def _whole(self, state: BlockState) -> Any:
+        """All that is cached, as the module returns it."""
+        features = [self.block.read(state, name) for name in self.tap.outputs]
+        return tuple(features) if len(features) > 1 else next(iter(features), None)
+
     def _refreshed(self, state: BlockState, index: Tensor, args: Any, kwargs: Any) -> Any:
         """The module's own forward for the selected rows; their entropy is new, too."""
         if not self.tap.queries or not state.refreshes:
@@ -256,7 +258,7 @@ class Tapped:
         assert isinstance(entropy, Tensor)
         entropy.scatter_(1, index[:, :, None], _entropies(found, *index.shape)[:, :, None])
         for name in self.tap.queries:
-            self.block.record(state, name, _rank(state) + entropy[:, :, 0])
+            self.block.record(state, name, entropy[:, :, 0])
         return out
 
 
@@ -265,23 +267,29 @@ class Late:
     """A selection that waits for scores of the same step.
 
     Attributes:
-        age: of the layer; k: for each row; settings: the other arguments of `select_tokens`.
+        scores: of the layer, (B, N), of this guidance branch and of those that share with it.
+        offset: what is added to them.
+        score, age: of the layer, (rows, N); k: for each row; settings: the other arguments of
+            `select_tokens`.
         nan: NaN scores are added here.
-        share_halves: whether both guidance halves get the selection.
     """
 
+    scores: tuple[Tensor, ...]
+    offset: float
+    score: Tensor
     age: Tensor
     k: list[int]
     settings: dict[str, Any]
     nan: Tensor
-    share_halves: bool
 
-    def select(self, score: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self) -> tuple[Tensor, Tensor]:
         """(index (B, k), inverse (B, N))."""
-        selection = select_tokens(score, self.age, self.k, **self.settings)
+        rank(self.score, self.scores, self.offset)
+        selection = select_tokens(self.score, self.age, self.k, **self.settings)
         self.nan += selection.nan.sum()
         index, inverse = selection.rows(0, len(self.k))
-        return (index.repeat(2, 1), inverse.repeat(2, 1)) if self.share_halves else (index, inverse)
+        halves = len(self.scores[0]) // len(self.k) if self.k else 1
+        return (index.repeat(2, 1), inverse.repeat(2, 1)) if halves == 2 else (index, inverse)
 
 
 def _entropies(found: Sequence[Tensor], B: int, N: int) -> Tensor:
@@ -302,26 +310,28 @@ def _entropies(found: Sequence[Tensor], B: int, N: int) -> Tensor:
     return torch.cat([one.flatten() for one in found]).view(B, N)
 
 
-def _rank(state: BlockState) -> float:
-    """What is added to the entropy: the published score is 1 + H.
-
-    Halves that share a selection have the map of both, half of its weight on either text: ln 2 more
-    than the mean of their entropies.
-    """
-    return 1 + math.log(2) * state.shared
-
-
 def write_rows(features: Features, rows: Tensor, index: Tensor) -> None:
     """features[b, index[b, j]] = rows[b, j]."""
-    if not isinstance(features, QuantizedCache):
-        features.scatter_(1, index[:, :, None].expand(-1, -1, rows.shape[2]), rows)
-        return
-    values, scale = features.values, features.scale
-    fresh = QuantizedCache(values.new_empty(rows.shape), scale.new_empty(rows.shape[:2]))
-    store_rows(fresh, rows.contiguous())
-    scale.scatter_(1, index, fresh.scale)
     places = index[:, :, None].expand(-1, -1, rows.shape[2])
-    values.view(torch.int8).scatter_(1, places, fresh.values.view(torch.int8))
+    if isinstance(features, Tensor):
+        features.scatter_(1, places, rows)
+    elif isinstance(features, ForecastCache):
+        tensors = (features.values, *features.slopes)
+        taken = [one.gather(1, places) for one in tensors]
+        distance = features.distance.gather(1, index)
+        store_rows(
+            ForecastCache(taken[0], tuple(taken[1:]), distance, features.computed),
+            rows.to(taken[0].dtype).contiguous(),
+        )
+        for one, fresh in zip(tensors, taken, strict=True):
+            one.scatter_(1, places, fresh)
+        features.distance.scatter_(1, index, 0.0)  # for whoever reads them within this step
+    else:
+        values, scale = features.values, features.scale
+        packed = QuantizedCache(values.new_empty(rows.shape), scale.new_empty(rows.shape[:2]))
+        store_rows(packed, rows.contiguous())
+        scale.scatter_(1, index, packed.scale)
+        values.view(torch.int8).scatter_(1, places, packed.values.view(torch.int8))
 
 
 def taken_rows(x: Tensor, index: Tensor) -> Tensor:

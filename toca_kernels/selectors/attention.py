@@ -17,9 +17,7 @@ class Attention(Selector):
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if not call.plain:
-            received = [
-                one.sum(dim=1) for one in maps(call.q, call.keys(), call.mask, call.scale)
-            ]
+            received = [one.sum(dim=1) for one in maps(call.q, call.keys(), call.mask, call.scale)]
             return call.out(), torch.stack(received).mean(dim=0)
         q, k, v = call.q, call.k, call.v
         device = q.device.type
