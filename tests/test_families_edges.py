@@ -153,7 +153,7 @@ def test_calls_of_their_own_share_what_a_batch_shares():
         for module, tokens in together[step].items():
             assert torch.equal(first[step][module], tokens[:, :1]), (step, module)
             assert torch.equal(second[step][module], tokens[:, :1]), (step, module)
-    alone, [mine] = pixart_run(model, given.replace(share_cfg_selection=False), [(0, 1)])
+    _, [mine] = pixart_run(model, given.replace(share_cfg_selection=False), [(0, 1)])
     assert not torch.equal(mine[1]["mlp"][:, 0], mine[1]["mlp"][:, 1])
 
 

@@ -208,7 +208,7 @@ def test_another_mask_holds_from_the_next_run(model):
 def test_masks_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="mask: expected the weights of the tokens with selector"):
         toca.enable(model, MASKED, num_steps=4)
-    with pytest.raises(ValueError, match="mask: expected .* none with another, got"):
+    with pytest.raises(ValueError, match=r"mask: expected .* none with another, got"):
         toca.enable(model, CONFIG, num_steps=4, mask=torch.ones(64))
     for mask, message in ((torch.ones(63), r"of \[64\] tokens, got 63"), (torch.ones(3, 64), "3")):
         with (
