@@ -352,3 +352,30 @@ def test_diffusers_blocks_compile():
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, backend="aot_eager")
         assert torch.allclose(sample(model, 4), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"forecast": 2}, {"selector": "similarity"}])
+def test_blocks_compile_under_other_policies(settings):
+    config = CONFIG.replace(interval=2, **settings)
+    model = tiny()
+    with toca.enabled(model, config, timesteps=TIMESTEPS):
+        expected = denoise(model)
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            assert torch.allclose(denoise(model), expected, atol=1e-5)
+
+
+def test_a_gate_is_decided_outside_of_graphs():
+    """It reads a number in the middle of a step, so the first block's graph breaks there."""
+    config = CONFIG.replace(interval=9, residual_threshold=0.5)
+    model = tiny()
+    with toca.enabled(model, config, timesteps=TIMESTEPS) as session:
+        expected = denoise(model)
+        full = session.summary().full_steps
+        model.blocks[0].compile(backend="aot_eager")
+        for block in model.blocks[1:]:
+            block.compile(fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            assert torch.allclose(denoise(model), expected, atol=1e-5)
+        assert session.summary().full_steps == full
