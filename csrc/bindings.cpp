@@ -81,9 +81,19 @@ void select_tokens(const std::array<Pointer, 7>& ptr, const std::array<int64_t, 
   call(toca::cpu::select_tokens, toca::cuda::select_tokens, p, where, "score");
 }
 
+// (first slope, second or 0, distance, how many slopes, how often all tokens have been computed)
+using Forecast = std::optional<std::tuple<Pointer, Pointer, Pointer, int, int>>;
+
+toca::Forecast forecast_of(const Forecast& given) {
+  if (!given) return {};
+  const auto& [first, second, distance, slopes, computed] = *given;
+  const int order = computed <= 1 ? 0 : computed == 2 ? 1 : slopes;
+  return {{as<void>(first), as<void>(second)}, as<const float>(distance), slopes, order, computed};
+}
+
 void gather_modulate(const std::array<Pointer, 10>& ptr, const std::array<int64_t, 4>& size,
                      const std::array<int64_t, 6>& stride, float eps, bool rms, int dtype,
-                     int cache_dtype, int threads, const Where& where) {
+                     int cache_dtype, int threads, const Where& where, const Forecast& forecast) {
   toca::GatherModulate p{};
   p.x = as<const void>(ptr[0]);
   p.index = as<const int64_t>(ptr[1]);
@@ -92,6 +102,7 @@ void gather_modulate(const std::array<Pointer, 10>& ptr, const std::array<int64_
   p.gate = {as<const void>(ptr[4]), stride[4], stride[5]};
   p.cache = as<const void>(ptr[5]);
   p.cache_scale = as<const float>(ptr[6]);
+  p.forecast = forecast_of(forecast);
   p.weight = as<const void>(ptr[7]);
   p.bias = as<const void>(ptr[8]);
   p.out = as<void>(ptr[9]);
@@ -104,9 +115,10 @@ void gather_modulate(const std::array<Pointer, 10>& ptr, const std::array<int64_
   call(toca::cpu::gather_modulate, toca::cuda::gather_modulate, p, where, "index");
 }
 
-// (gate, its stride per sample, per token, cache, its scale, its dtype, fresh, inverse, k)
-using Update =
-    std::tuple<Pointer, int64_t, int64_t, Pointer, Pointer, int, Pointer, Pointer, int64_t>;
+// (gate, its stride per sample, per token, cache, its scale, its dtype, fresh, inverse, k,
+// forecast)
+using Update = std::tuple<Pointer, int64_t, int64_t, Pointer, Pointer, int, Pointer, Pointer,
+                          int64_t, Forecast>;
 
 void scatter_residual(Pointer x, Pointer out, const std::array<int64_t, 3>& size,
                       const std::vector<Update>& updates, int dtype, int threads,
@@ -116,31 +128,48 @@ void scatter_residual(Pointer x, Pointer out, const std::array<int64_t, 3>& size
   p.x = as<const void>(x);
   p.out = as<void>(out);
   p.B = size[0], p.N = size[1], p.C = size[2];
-  for (const auto& [gate, stride_b, stride_n, cache, scale, cache_dtype, fresh, inverse, k] :
-       updates)
+  for (const auto& [gate, stride_b, stride_n, cache, scale, cache_dtype, fresh, inverse, k,
+                    forecast] : updates)
     p.update[p.updates++] = {{as<const void>(gate), stride_b, stride_n},
                              as<void>(cache),
                              as<float>(scale),
                              toca::DType(cache_dtype),
                              as<const void>(fresh),
                              as<const int32_t>(inverse),
-                             k};
+                             k,
+                             forecast_of(forecast)};
   p.dtype = toca::DType(dtype);
   p.threads = threads;
   call(toca::cpu::scatter_residual, toca::cuda::scatter_residual, p, where, "inverse");
 }
 
 void store_rows(const std::array<Pointer, 3>& ptr, const std::array<int64_t, 2>& size, int dtype,
-                int cache_dtype, int threads, const Where& where) {
+                int cache_dtype, int threads, const Where& where, const Forecast& forecast) {
   toca::StoreRows p{};
   p.rows = as<const void>(ptr[0]);
   p.values = as<void>(ptr[1]);
   p.scale = as<float>(ptr[2]);
+  p.forecast = forecast_of(forecast);
   p.R = size[0], p.C = size[1];
   p.dtype = toca::DType(dtype);
   p.cache_dtype = toca::DType(cache_dtype);
   p.threads = threads;
   call(toca::cpu::store_rows, toca::cuda::store_rows, p, where, "rows");
+}
+
+void read_rows(const std::array<Pointer, 4>& ptr, const std::array<int64_t, 4>& size, int dtype,
+               int cache_dtype, int threads, const Where& where, const Forecast& forecast) {
+  toca::ReadRows p{};
+  p.cache = as<const void>(ptr[0]);
+  p.cache_scale = as<const float>(ptr[1]);
+  p.forecast = forecast_of(forecast);
+  p.index = as<const int64_t>(ptr[2]);
+  p.out = as<void>(ptr[3]);
+  p.B = size[0], p.N = size[1], p.k = size[2], p.C = size[3];
+  p.dtype = toca::DType(dtype);
+  p.cache_dtype = toca::DType(cache_dtype);
+  p.threads = threads;
+  call(toca::cpu::read_rows, toca::cuda::read_rows, p, where, "index");
 }
 
 // How many devices there are, and why they could not be counted ("": they could).
@@ -170,6 +199,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_modulate", &gather_modulate);
   m.def("scatter_residual", &scatter_residual);
   m.def("store_rows", &store_rows);
+  m.def("read_rows", &read_rows);
   m.def("isa", [] { return std::string(toca::cpu::isa()); });
   m.def("isas", &isas);
   m.def("choose_isa", &choose_isa);

@@ -44,12 +44,24 @@ struct RowsView {
   int64_t stride_b, stride_n;
 };
 
+constexpr int kMaxSlopes = 2;
+
+// By what a cache is extrapolated over the steps since each of its tokens was computed.
+struct Forecast {
+  void* slope[kMaxSlopes];  // [B, N, C] each, the cache's dtype, written with the cache
+  const float* distance;    // [B, N]
+  int slopes;               // how many there are; 0: the cache is not extrapolated
+  int order;                // how many of them are read
+  int computed;             // how often all tokens have been computed, at most 3
+};
+
 struct GatherModulate {
   const void* x;         // [B, N, C]
   const int64_t* index;  // [B, k], or nullptr: every token
   RowsView shift, scale, gate;
   const void* cache;         // [B, N, C] or nullptr
   const float* cache_scale;  // [B, N]: cache row = values * scale; nullptr: the cache has x's dtype
+  Forecast forecast;         // of the cache
   DType cache_dtype;         // dtype, kInt8 or kFloat8
   const void* weight;        // [C] or nullptr
   const void* bias;          // [C] or nullptr
@@ -71,6 +83,7 @@ struct ResidualUpdate {
   const void* fresh;       // [B, k, C] or nullptr
   const int32_t* inverse;  // [B, N] or nullptr
   int64_t k;
+  Forecast forecast;  // of the cache; 8-bit caches, of any update, have none
 };
 
 struct ScatterResidual {
@@ -83,14 +96,29 @@ struct ScatterResidual {
   int threads;
 };
 
-// Rows in 8 bits: values = round(row / scale), scale = max |row| / 127 (int8) or / 448 (float8).
+// Rows in 8 bits: values = round(row / scale), scale = max |row| / 127 (int8) or / 448 (float8); or
+// as they are, with their differences.
 struct StoreRows {
-  const void* rows;  // [R, C]
-  void* values;      // [R, C]
-  float* scale;      // [R]
+  const void* rows;   // [R, C]
+  void* values;       // [R, C]
+  float* scale;       // [R]; nullptr: a forecast cache
+  Forecast forecast;  // of R rows
   int64_t R, C;
   DType dtype;
-  DType cache_dtype;  // kInt8 or kFloat8
+  DType cache_dtype;  // dtype, kInt8 or kFloat8
+  int threads;
+};
+
+struct ReadRows {
+  const void* cache;  // [B, N, C]
+  const float*
+      cache_scale;       // [B, N]: cache row = values * scale; nullptr: the cache has out's dtype
+  Forecast forecast;     // of the cache
+  const int64_t* index;  // [B, k], or nullptr: every token
+  void* out;             // [B, k, C]
+  int64_t B, N, k, C;
+  DType dtype;
+  DType cache_dtype;  // dtype, kInt8 or kFloat8
   int threads;
 };
 
@@ -106,6 +134,7 @@ void select_tokens(const SelectTokens& p);
 void gather_modulate(const GatherModulate& p);    // throws OutOfRange
 void scatter_residual(const ScatterResidual& p);  // throws OutOfRange
 void store_rows(const StoreRows& p);
+void read_rows(const ReadRows& p);  // throws OutOfRange
 
 const char* isa();                  // the instruction set in use, the best of isas() unless chosen
 int isas(const char** names);       // compiled in and supported by this CPU, best first; at most 8
@@ -128,6 +157,7 @@ void select_tokens(const SelectTokens& p, const Stream& stream);
 void gather_modulate(const GatherModulate& p, const Stream& stream);
 void scatter_residual(const ScatterResidual& p, const Stream& stream);
 void store_rows(const StoreRows& p, const Stream& stream);
+void read_rows(const ReadRows& p, const Stream& stream);
 
 int64_t select_tokens_scratch(int64_t R, int64_t N);  // words
 

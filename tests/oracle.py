@@ -155,7 +155,7 @@ def gather_modulate(
     index: np.ndarray | None,
     shift: np.ndarray,
     scale: np.ndarray,
-    residual: tuple[np.ndarray | None, np.ndarray] | None = None,
+    residual: tuple[np.ndarray | None, "np.ndarray | Forecast"] | None = None,
     norm: str = "layer",
     weight: np.ndarray | None = None,
     bias: np.ndarray | None = None,
@@ -167,13 +167,12 @@ def gather_modulate(
     bias = np.zeros(C) if bias is None else bias
     value = np.zeros((B, index.shape[1], C))
     magnitude = np.zeros_like(value)
+    gate, cache = residual or (None, np.zeros_like(x))
     for b in range(B if C else 0):
         for j, n in enumerate(index[b]):
-            row, size = x[b, n], abs(x[b, n])
-            if residual is not None:
-                gate, cache = residual
-                added = cache[b, n] if gate is None else at(gate, b, n) * cache[b, n]
-                row, size = row + added, size + abs(added)
+            cached, reach = read(cache, b, n)
+            factor = 1.0 if gate is None else at(gate, b, n)
+            row, size = x[b, n] + factor * cached, abs(x[b, n]) + abs(factor) * reach
             mean = row.mean() if norm == "layer" else 0.0
             std = math.sqrt(((row - mean) ** 2).mean() + eps)
             normal = (row - mean) / std
@@ -183,7 +182,7 @@ def gather_modulate(
             value[b, j] = (normal * weight + bias) * factor + at(shift, b, n)
             reach = 1 + abs(at(scale, b, n))
             magnitude[b, j] = (size * abs(weight) + abs(bias)) * reach + abs(at(shift, b, n))
-    return Exact(value, magnitude, roundings=C + 12)
+    return Exact(value, magnitude, roundings=C + 12 + FORECAST_ROUNDINGS * is_forecast(cache))
 
 
 def mlp_rows(
@@ -212,22 +211,70 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def scatter_residual(
-    x: np.ndarray, updates: Sequence[tuple[np.ndarray | None, ...]]
+    x: np.ndarray, updates: Sequence[tuple["np.ndarray | Forecast | None", ...]]
 ) -> tuple[Exact, list[np.ndarray]]:
-    """The sum, and every cache as it is afterwards."""
+    """The sum, and every cache as it is afterwards: of a forecast, its values."""
     B, N, _ = x.shape
     value, magnitude, caches = x.copy(), abs(x), []
     for gate, cache, *moved in updates:
-        cache = cache.copy()
+        after = (cache.values if is_forecast(cache) else cache).copy()
         for b in range(B):
             for n in range(N):
+                added, size = read(cache, b, n)
                 if moved and moved[1][b, n] >= 0:
-                    cache[b, n] = moved[0][b, moved[1][b, n]]
-                added = cache[b, n] if gate is None else at(gate, b, n) * cache[b, n]
-                value[b, n] += added
-                magnitude[b, n] += abs(added)
-        caches.append(cache)
-    return Exact(value, magnitude, roundings=2 * len(updates)), caches
+                    added = after[b, n] = moved[0][b, moved[1][b, n]]
+                    size = abs(added)
+                factor = 1.0 if gate is None else at(gate, b, n)
+                value[b, n] += factor * added
+                magnitude[b, n] += abs(factor) * size
+        caches.append(after)
+    roundings = sum(2 + FORECAST_ROUNDINGS * is_forecast(cache) for _, cache, *_ in updates)
+    return Exact(value, magnitude, roundings), caches
+
+
+class Forecast(NamedTuple):
+    """A cache that is extrapolated: (B, N, C), one or two of (B, N, C), (B, N), a count."""
+
+    values: np.ndarray
+    slopes: Sequence[np.ndarray]
+    distance: np.ndarray
+    computed: int
+
+
+FORECAST_ROUNDINGS = 6  # of a forecast: d**2 / 2, two products, two sums, the product with a gate
+
+
+def is_forecast(cache: object) -> bool:
+    return isinstance(cache, Forecast)
+
+
+def read(cache: np.ndarray | Forecast, b: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, magnitude) that a cache stands for."""
+    if not isinstance(cache, Forecast):
+        return cache[b, n], abs(cache[b, n])
+    values, slopes, distance, computed = cache
+    row, size, d = values[b, n].copy(), abs(values[b, n]), distance[b, n]
+    for m, slope in enumerate(slopes, start=1):
+        if computed > m:  # m differences are known after m + 1 full steps
+            row += d**m / math.factorial(m) * slope[b, n]
+            size += d**m / math.factorial(m) * abs(slope[b, n])
+    return row, size
+
+
+def differences(cache: Forecast, rows: np.ndarray) -> list[Exact]:
+    """The slopes of a cache after every token was computed anew, as `rows`."""
+    values, slopes, distance, computed = cache
+    first, second = (np.zeros_like(rows) for _ in range(2))
+    first_size, second_size = (np.zeros_like(rows) for _ in range(2))
+    for b, n in np.ndindex(*distance.shape):
+        d = distance[b, n]
+        if computed >= 1:
+            first[b, n] = (rows[b, n] - values[b, n]) / d
+            first_size[b, n] = (abs(rows[b, n]) + abs(values[b, n])) / d
+        if computed >= 2:
+            second[b, n] = (first[b, n] - slopes[0][b, n]) / d
+            second_size[b, n] = (first_size[b, n] + abs(slopes[0][b, n])) / d
+    return [Exact(first, first_size, 2), Exact(second, second_size, 4)][: len(slopes)]
 
 
 E4M3 = np.array(

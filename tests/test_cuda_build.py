@@ -28,9 +28,15 @@ LIMITS = {
     "scatter_residual_kernel": (96, 0),
     "scatter_residual_8bit_kernel": (120, 0),
     "store_rows_kernel": (80, 0),
+    "read_rows_kernel": (80, 0),
 }
 SELECT = [name for name in LIMITS if LIMITS[name][0] == 64]
-STREAMING = ("gather_modulate_kernel", "scatter_residual_kernel", "scatter_residual_8bit_kernel")
+STREAMING = (
+    "gather_modulate_kernel",
+    "scatter_residual_kernel",
+    "scatter_residual_8bit_kernel",
+    "read_rows_kernel",
+)
 RESERVED = {80: 0, 90: 1024}  # bytes of shared memory that the driver keeps of every CTA
 
 
@@ -170,16 +176,20 @@ def call(op, rows, channels, where):
         native._C.select_tokens(nobody[:7], [rows, 4, 2, 1, 2, 2, 1], 0.0, 0.0, 1, where)
     elif op == "gather_modulate":
         size = [rows, 4, 2, channels]
-        native._C.gather_modulate(nobody, size, [0] * 6, 1e-6, False, BFLOAT16, BFLOAT16, 1, where)
+        dtypes = BFLOAT16, BFLOAT16
+        native._C.gather_modulate(nobody, size, [0] * 6, 1e-6, False, *dtypes, 1, where, None)
     elif op == "scatter_residual":
-        update = (0, 0, 0, 0, 0, BFLOAT16, 0, 0, 0)
+        update = (0, 0, 0, 0, 0, BFLOAT16, 0, 0, 0, None)
         native._C.scatter_residual(0, 0, [rows, 4, channels], [update], BFLOAT16, 1, where)
+    elif op == "store_rows":
+        native._C.store_rows(nobody[:3], [rows, channels], BFLOAT16, INT8, 1, where, None)
     else:
-        native._C.store_rows(nobody[:3], [rows, channels], BFLOAT16, INT8, 1, where)
+        size = [rows, 4, 2, channels]
+        native._C.read_rows(nobody[:4], size, BFLOAT16, BFLOAT16, 1, where, None)
 
 
 every_body = pytest.mark.parametrize(
-    "op", ["select_tokens", "gather_modulate", "scatter_residual", "store_rows"]
+    "op", ["select_tokens", "gather_modulate", "scatter_residual", "store_rows", "read_rows"]
 )
 
 

@@ -28,7 +28,7 @@ from tolerance import assert_backend_within_budget, assert_same_bits
 
 HERE = Path(__file__).parent / "cuda_on_host"
 CSRC = Path(__file__).parents[1] / "csrc"
-KERNELS = ("select_tokens", "gather_modulate", "scatter_residual", "store_rows")
+KERNELS = ("select_tokens", "gather_modulate", "scatter_residual", "store_rows", "read_rows")
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
 pytestmark = [

@@ -170,7 +170,7 @@ def test_opcheck(kind, backend):
     updates = [gate, None], caches, [None, torch.randn(B, K, C)], [None, inverse]
     given = rows, index, gate, gate, gate, cache.values, None, None, "layer", 1e-6
     for op, arguments in (
-        (ops.store_rows, (cache.values, cache.scale, rows, backend)),
+        (ops.store_rows, (cache.values, cache.scale, [], None, 0, rows, backend)),
         (ops.scatter_residual, (rows, *updates, backend)),
         (ops.scatter_residual_, (rows, *updates, backend)),
         (ops.gather_modulate, (*given, backend, cache.scale)),

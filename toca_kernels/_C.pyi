@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+# (first slope, second or 0, distance, how many slopes, how often all tokens have been computed)
+_Forecast = tuple[int, int, int, int, int] | None
+
 def attention_scores(
     ptr: Sequence[int],
     size: Sequence[int],
@@ -29,12 +32,13 @@ def gather_modulate(
     cache_dtype: int,
     threads: int,
     where: tuple[int, int] | None,
+    forecast: _Forecast,
 ) -> None: ...
 def scatter_residual(
     x: int,
     out: int,
     size: Sequence[int],
-    updates: Sequence[tuple[int, int, int, int, int, int, int, int, int]],
+    updates: Sequence[tuple[int, int, int, int, int, int, int, int, int, _Forecast]],
     dtype: int,
     threads: int,
     where: tuple[int, int] | None,
@@ -46,6 +50,16 @@ def store_rows(
     cache_dtype: int,
     threads: int,
     where: tuple[int, int] | None,
+    forecast: _Forecast,
+) -> None: ...
+def read_rows(
+    ptr: Sequence[int],
+    size: Sequence[int],
+    dtype: int,
+    cache_dtype: int,
+    threads: int,
+    where: tuple[int, int] | None,
+    forecast: _Forecast,
 ) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...

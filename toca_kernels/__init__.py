@@ -3,6 +3,7 @@
 from ._backends import BackendStatus, backends
 from .config import ToCaConfig
 from .ops import (
+    ForecastCache,
     QuantizedCache,
     Selection,
     attention_entropy,
@@ -12,6 +13,7 @@ from .ops import (
     mlp_rows,
     partial_attention,
     partial_mlp,
+    read_rows,
     scatter_residual,
     scored_attention,
     select_tokens,
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
+    "ForecastCache",
     "Plan",
     "QuantizedCache",
     "Selection",
@@ -43,6 +46,7 @@ __all__ = [
     "mlp_rows",
     "partial_attention",
     "partial_mlp",
+    "read_rows",
     "scatter_residual",
     "scored_attention",
     "select_tokens",

@@ -17,7 +17,7 @@ def shape_text(shape: Sequence[object]) -> str:
     return "(" + ", ".join(str(size) for size in shape) + ")"
 
 
-def _dtype_text(dtype: torch.dtype) -> str:
+def dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -47,8 +47,8 @@ def tensor(
     if dtype is not None and value.dtype != dtype:
         dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         if value.dtype not in dtypes:
-            wanted = " or ".join(_dtype_text(d) for d in dtypes)
-            raise ValueError(f"{name}: expected dtype {wanted}, got {_dtype_text(value.dtype)}")
+            wanted = " or ".join(dtype_text(d) for d in dtypes)
+            raise ValueError(f"{name}: expected dtype {wanted}, got {dtype_text(value.dtype)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     if layout == "contiguous" and not value.is_contiguous():
@@ -73,6 +73,20 @@ def count(name: str, value: object, low: int, high: int) -> int:
         raise ValueError(f"{name}: expected an integer, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {low} <= {name} <= {high}, got {value}")
+    return value
+
+
+def dtype(name: str, value: object, known: Sequence[torch.dtype]) -> torch.dtype:
+    if not isinstance(value, torch.dtype) or value not in known:
+        wanted = " or ".join(dtype_text(d) for d in known)
+        have = dtype_text(value) if isinstance(value, torch.dtype) else repr(value)
+        raise ValueError(f"{name}: expected {wanted}, got {have}")
+    return value
+
+
+def at_least(name: str, value: object, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
     return value
 
 

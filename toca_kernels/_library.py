@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native, reference
+from .features import ForecastCache
 
 
 class _Bodies(dict[str, Any]):
@@ -171,10 +173,13 @@ def _gather_modulate(
     eps: float,
     backend: str,
     cache_scale: Tensor | None = None,
+    slopes: Sequence[Tensor] | None = None,
+    distance: Tensor | None = None,
 ) -> Tensor:
-    return _BODIES[backend].gather_modulate(
-        x, index, shift, scale, gate, cache, weight, bias, norm, eps, cache_scale
-    )
+    given = (x, index, shift, scale, gate, cache, weight, bias, norm, eps, cache_scale)
+    if not slopes:
+        return _BODIES[backend].gather_modulate(*given)
+    return _BODIES[backend].gather_modulate(*given, slopes, distance)
 
 
 def _gather_modulate_fake(x: Tensor, index: Tensor | None, *_: object) -> Tensor:
@@ -185,7 +190,7 @@ def _gather_modulate_fake(x: Tensor, index: Tensor | None, *_: object) -> Tensor
 gather_modulate = _define(
     "gather_modulate(Tensor x, Tensor? index, Tensor shift, Tensor scale, Tensor? gate, "
     "Tensor? cache, Tensor? weight, Tensor? bias, str norm, float eps, str backend, "
-    "Tensor? cache_scale=None) -> Tensor",
+    "Tensor? cache_scale=None, Tensor[]? slopes=None, Tensor? distance=None) -> Tensor",
     _gather_modulate,
     _gather_modulate_fake,
 )
@@ -215,17 +220,34 @@ mlp_rows = _define(
 )
 
 
-def _split_scales(
-    tensors: Sequence[Tensor], updates: int
-) -> tuple[Sequence[Tensor], Sequence[Tensor | None] | None]:
-    """The cache and the scale of every update; no scales at all where no cache is in 8 bits.
+def _split(
+    tensors: Sequence[Tensor],
+    distance: Sequence[Tensor] | None,
+    slopes: Sequence[int],
+    computed: Sequence[int],
+    updates: int,
+) -> tuple[Any, ...]:
+    """The cache of every update; then, where any has one, the scales, and the forecasts.
 
-    A schema cannot mutate a list with gaps, so the scales of the 8-bit caches follow the caches.
+    A schema cannot mutate a list with gaps, so what is written of 8-bit caches (scales) and of
+    forecast caches (`slopes` of each update) follows the caches.
     """
     if len(tensors) == updates:
-        return tensors, None
-    caches, scales = tensors[:updates], iter(tensors[updates:])
-    return caches, [next(scales) if cache.dtype.itemsize == 1 else None for cache in caches]
+        return (tensors,)
+    caches, rest = tensors[:updates], iter(tensors[updates:])
+    if distance is None:
+        return caches, [next(rest) if cache.dtype.itemsize == 1 else None for cache in caches]
+    distances = iter(distance)
+    return (
+        caches,
+        None,
+        [
+            ForecastCache(cache, tuple(islice(rest, count)), next(distances), known)
+            if count
+            else None
+            for cache, count, known in zip(caches, slopes, computed, strict=True)
+        ],
+    )
 
 
 def _scatter_residual(
@@ -235,10 +257,13 @@ def _scatter_residual(
     fresh: Sequence[Tensor | None],
     inverse: Sequence[Tensor | None],
     backend: str,
+    distance: Sequence[Tensor] | None = None,
+    slopes: Sequence[int] = (),
+    computed: Sequence[int] = (),
 ) -> Tensor:
     out = torch.empty_like(x)
-    caches, scales = _split_scales(caches, len(gates))
-    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, out, scales)
+    caches, *rest = _split(caches, distance, slopes, computed, len(gates))
+    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, out, *rest)
     return out
 
 
@@ -246,9 +271,13 @@ def _scatter_residual_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
+_UPDATES = (
+    "Tensor?[] fresh, Tensor?[] inverse, str backend, Tensor[]? distance=None, int[] slopes=[], "
+    "int[] computed=[]"
+)
+
 scatter_residual = _define(
-    "scatter_residual(Tensor x, Tensor?[] gates, Tensor(a!)[] caches, Tensor?[] fresh, "
-    "Tensor?[] inverse, str backend) -> Tensor",
+    f"scatter_residual(Tensor x, Tensor?[] gates, Tensor(a!)[] caches, {_UPDATES}) -> Tensor",
     _scatter_residual,
     _scatter_residual_fake,
 )
@@ -261,9 +290,12 @@ def _scatter_residual_inplace(
     fresh: Sequence[Tensor | None],
     inverse: Sequence[Tensor | None],
     backend: str,
+    distance: Sequence[Tensor] | None = None,
+    slopes: Sequence[int] = (),
+    computed: Sequence[int] = (),
 ) -> None:
-    caches, scales = _split_scales(caches, len(gates))
-    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, x, scales)
+    caches, *rest = _split(caches, distance, slopes, computed, len(gates))
+    _BODIES[backend].scatter_residual(x, gates, caches, fresh, inverse, x, *rest)
 
 
 def _scatter_residual_inplace_fake(x: Tensor, *_: object) -> None:
@@ -271,8 +303,7 @@ def _scatter_residual_inplace_fake(x: Tensor, *_: object) -> None:
 
 
 _scatter_residual_inplace_op = _define(
-    "scatter_residual_(Tensor(a!) x, Tensor?[] gates, Tensor(b!)[] caches, Tensor?[] fresh, "
-    "Tensor?[] inverse, str backend) -> ()",
+    f"scatter_residual_(Tensor(a!) x, Tensor?[] gates, Tensor(b!)[] caches, {_UPDATES}) -> ()",
     _scatter_residual_inplace,
     _scatter_residual_inplace_fake,
 )
@@ -283,16 +314,63 @@ def scatter_residual_inplace(x: Tensor, *arguments: Any) -> Tensor:
     return x
 
 
-def _store_rows(values: Tensor, scale: Tensor, rows: Tensor, backend: str) -> None:
-    _BODIES[backend].store_rows(values, scale, rows)
+def _store_rows(
+    values: Tensor,
+    scale: Tensor | None,
+    slopes: Sequence[Tensor],
+    distance: Tensor | None,
+    computed: int,
+    rows: Tensor,
+    backend: str,
+) -> None:
+    if distance is None:
+        _BODIES[backend].store_rows(values, scale, rows)
+    else:
+        forecast = ForecastCache(values, tuple(slopes), distance, computed)
+        _BODIES[backend].store_rows(values, scale, rows, forecast)
 
 
 def _store_rows_fake(values: Tensor, *_: object) -> None:
     return None
 
 
+# scale: of an 8-bit cache; slopes, distance, computed: of a ForecastCache.
 store_rows = _define(
-    "store_rows(Tensor(a!) values, Tensor(b!) scale, Tensor rows, str backend) -> ()",
+    "store_rows(Tensor(a!) values, Tensor(b!)? scale, Tensor(c!)[] slopes, Tensor? distance, "
+    "int computed, Tensor rows, str backend) -> ()",
     _store_rows,
     _store_rows_fake,
+)
+
+
+def _read_rows(
+    values: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    slopes: Sequence[Tensor],
+    distance: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return _BODIES[backend].read_rows(values, index, scale, slopes, distance, dtype)
+
+
+def _read_rows_fake(
+    values: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    slopes: Sequence[Tensor],
+    distance: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    k = values.shape[1] if index is None else index.shape[1]
+    return values.new_empty((values.shape[0], k, values.shape[2]), dtype=dtype)
+
+
+read_rows = _define(
+    "read_rows(Tensor values, Tensor? index, Tensor? scale, Tensor[] slopes, Tensor? distance, "
+    "ScalarType dtype, str backend) -> Tensor",
+    _read_rows,
+    _read_rows_fake,
 )

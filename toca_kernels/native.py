@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .features import ForecastCache
 
 try:
     from . import _C
@@ -48,6 +49,16 @@ def _where(tensor: Tensor) -> tuple[int, int] | None:
         return None
     device = tensor.get_device()
     return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def _forecast(
+    slopes: Sequence[Tensor], distance: Tensor | None, computed: int
+) -> tuple[int, int, int, int, int] | None:
+    """What the extension is told of a cache that is extrapolated."""
+    if distance is None:
+        return None
+    first, *rest = map(_pointer, slopes)
+    return first, rest[0] if rest else 0, distance.data_ptr(), len(slopes), computed
 
 
 def attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
@@ -121,6 +132,8 @@ def gather_modulate(
     norm: str,
     eps: float,
     cache_scale: Tensor | None = None,
+    slopes: Sequence[Tensor] = (),
+    distance: Tensor | None = None,
 ) -> Tensor:
     B, N, C = x.shape
     k = N if index is None else index.shape[1]
@@ -146,6 +159,7 @@ def gather_modulate(
         _DTYPES[x.dtype if cache is None else cache.dtype],
         torch.get_num_threads(),
         _where(x),
+        _forecast(slopes, distance, len(slopes) + 1),  # so often computed that all are read
     )
     return out
 
@@ -162,8 +176,10 @@ def scatter_residual(
     inverse: Sequence[Tensor | None],
     out: Tensor,
     scales: Sequence[Tensor | None] | None = None,
+    forecasts: Sequence[ForecastCache | None] | None = None,
 ) -> None:
     B, N, C = x.shape
+    nothing = [None] * len(caches)
     _C.scatter_residual(
         x.data_ptr(),
         out.data_ptr(),
@@ -178,9 +194,10 @@ def scatter_residual(
                 _pointer(rows),
                 _pointer(slot),
                 0 if rows is None else rows.shape[1],
+                None if forecast is None else _forecast(*forecast[1:]),
             )
-            for gate, cache, scale, rows, slot in zip(
-                gates, caches, scales or [None] * len(caches), fresh, inverse, strict=True
+            for gate, cache, scale, forecast, rows, slot in zip(
+                gates, caches, scales or nothing, forecasts or nothing, fresh, inverse, strict=True
             )
         ],
         _DTYPES[x.dtype],
@@ -189,15 +206,42 @@ def scatter_residual(
     )
 
 
-def store_rows(values: Tensor, scale: Tensor, rows: Tensor) -> None:
+def store_rows(
+    values: Tensor, scale: Tensor | None, rows: Tensor, forecast: ForecastCache | None = None
+) -> None:
+    B, N, C = rows.shape
     _C.store_rows(
-        (rows.data_ptr(), values.data_ptr(), scale.data_ptr()),
-        (scale.numel(), rows.shape[2]),
+        (rows.data_ptr(), values.data_ptr(), _pointer(scale)),
+        (B * N, C),
         _DTYPES[rows.dtype],
         _DTYPES[values.dtype],
         torch.get_num_threads(),
         _where(rows),
+        None if forecast is None else _forecast(*forecast[1:]),
     )
+
+
+def read_rows(
+    values: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    slopes: Sequence[Tensor],
+    distance: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    B, N, C = values.shape
+    k = N if index is None else index.shape[1]
+    out = torch.empty((B, k, C), dtype=dtype, device=values.device)
+    _C.read_rows(
+        (values.data_ptr(), _pointer(scale), _pointer(index), out.data_ptr()),
+        (B, N, k, C),
+        _DTYPES[dtype],
+        _DTYPES[values.dtype],
+        torch.get_num_threads(),
+        _where(values),
+        _forecast(slopes, distance, len(slopes) + 1),
+    )
+    return out
 
 
 # --- prepacked linears ---------------------------------------------------------------------------

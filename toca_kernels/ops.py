@@ -18,7 +18,7 @@ arithmetic in float32, rounded once to the tensors' dtype.  Nothing here is diff
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,48 +27,23 @@ from torch import Tensor, nn
 
 from . import _checks, _library
 from ._backends import resolve
+from .features import Cache, ForecastCache, QuantizedCache, checked, forecast_order
 from .native import PackedLinear, packed_mlp_rows, packing_unavailable
 
-__all__ = ["PackedLinear", "packing_unavailable"]  # how blocks lay out a linear's weights
+# Caches, and how blocks lay out a linear's weights.
+__all__ = ["Cache", "ForecastCache", "PackedLinear", "QuantizedCache", "packing_unavailable"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
 MAX_UPDATES = 4
 MAX_EXPONENT = 4.0  # of a weight in scored_attention
 _NO_NATIVE_BODY = ("reference", "triton")
+_FORECAST_BODIES = ("reference", "native")
 # Rows up to which a 16-bit MLP takes as long as for one row, because reading its weights is what
 # takes the time: below 137 on an A100 and 151 on an H200 by the roofline (docs/gpu.md; not measured
 # yet).  On a CPU time grows with the rows from the first one on (docs/speed.md).
 _FREE_ROWS = {"cuda": 128}
 
-_EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
-
-
-@dataclass(frozen=True)
-class QuantizedCache:
-    """A cache in 8 bits: row[b, n] = values[b, n] * scale[b, n].
-
-    A row is written, and rounded once, as
-
-        scale  = max |row| / m                          m = 127 for int8, 448 for float8_e4m3fn
-        values = round(row / scale)                     to the nearest; ties to even
-
-    so it is read back to within scale / 2 (int8), or 1/16 of each value or scale / 1024 where that
-    is more (float8).  The divisions are products with 1 / m and 1 / scale in float32, rounded, so
-    that every body writes the same bits.  A row whose scale would be below 2**-126, such as one of
-    zeros, gets scale 0 and values 0; one with a NaN or an infinity gets scale NaN and values 0, so
-    all of it reads as NaN.
-
-    Attributes:
-        values: (B, N, C), int8 | float8_e4m3fn, contiguous.
-        scale: (B, N), float32, contiguous.
-    """
-
-    values: Tensor
-    scale: Tensor
-
-
-Cache: TypeAlias = Tensor | QuantizedCache
 Linear: TypeAlias = nn.Linear | PackedLinear | tuple[Tensor, Tensor | None]
 Residual: TypeAlias = tuple[Tensor | None, Cache]
 Update: TypeAlias = tuple[Tensor | None, Cache] | tuple[Tensor | None, Cache, Tensor, Tensor]
@@ -436,7 +411,7 @@ def gather_modulate(
         shift, scale: (B, C), or (B, N, C) for a modulation of each token; dtype of x, last
             dimension contiguous.
         residual: (gate, cache): gate as shift, or None for 1; cache (B, N, C), dtype of x,
-            contiguous, or a QuantizedCache.
+            contiguous, or a QuantizedCache or ForecastCache of that size.
         norm: "layer" or "rms".
         weight, bias: (C,), dtype of x, the norm's own affine parameters.
         eps: added to the variance.
@@ -455,16 +430,17 @@ def gather_modulate(
         _checks.tensor("index", index, (B, "k"), dtype=torch.int64, device=x.device)
     _checks.modulation("shift", shift, x)
     _checks.modulation("scale", scale, x)
-    gate, cache, cache_scale = None, None, None
+    gate, cache, cache_scale, forecast = None, None, None, None
     if residual is not None:
         gate, cache = residual
-        cache, cache_scale = _cache("residual cache", cache, x)
+        cache, cache_scale, forecast = checked("residual cache", cache, x)
         if gate is not None:
             _checks.modulation("residual gate", gate, x)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             _checks.tensor(name, value, (C,), dtype=x.dtype, device=x.device)
     _checks.choice("norm", norm, NORMS)
+    slopes, distance = _read_by(forecast)
     return _library.gather_modulate(
         x,
         index,
@@ -476,21 +452,25 @@ def gather_modulate(
         bias,
         norm,
         float(eps),
-        resolve(backend, x.device, op="gather_modulate"),
+        _resolve(backend, x.device, "gather_modulate", bool(slopes)),
         cache_scale,
+        slopes,
+        distance,
     )
 
 
-def _cache(name: str, cache: Cache, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(values, scale) of a cache of x; no scale where it is held in the dtype of x."""
-    B, N, C = x.shape
-    if not isinstance(cache, QuantizedCache):
-        _checks.tensor(name, cache, (B, N, C), dtype=x.dtype, device=x.device)
-        return cache, None
-    values, scale = cache.values, cache.scale
-    _checks.tensor(f"{name} values", values, (B, N, C), dtype=_EIGHT_BIT, device=x.device)
-    _checks.tensor(f"{name} scale", scale, (B, N), dtype=torch.float32, device=x.device)
-    return values, scale
+def _read_by(forecast: ForecastCache | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The slopes that a cache is read with, and the distance where there are any."""
+    if forecast is None:
+        return (), None
+    slopes = forecast.slopes[: forecast_order(forecast)]
+    return slopes, forecast.distance if slopes else None
+
+
+def _resolve(backend: str | None, device: torch.device, op: str, forecast: bool) -> str:
+    if not forecast:
+        return resolve(backend, device, op=op)
+    return resolve(backend, device, _FORECAST_BODIES, f"{op} of forecast caches")
 
 
 def free_rows(device: torch.device) -> int:
@@ -584,7 +564,8 @@ def scatter_residual(
         cache_u[b, n] = fresh_u[b, inverse_u[b, n]]     where inverse_u[b, n] >= 0
         out[b, n] = x[b, n] + sum_u gate_u[b] * cache_u[b, n]
 
-    An 8-bit cache rounds the fresh rows that it gets; the sum takes them as they came.
+    An 8-bit cache rounds the fresh rows that it gets, and a ForecastCache takes its differences
+    with them; the sum takes them as they came.
     (ToCa, ICLR 2025, section 3.1: cached features are ungated; the gate of the current timestep
     is applied to every token, selected or not.)
 
@@ -592,8 +573,8 @@ def scatter_residual(
         x: (B, N, C), float32 | bfloat16 | float16, contiguous.
         updates: 1 to 4 of (gate, cache) or (gate, cache, fresh, inverse):
             gate: (B, C), or (B, N, C) for each token, last dimension contiguous; None for 1.
-            cache: (B, N, C), dtype of x, contiguous, or a QuantizedCache.  Modified in place where
-                there is a fresh.
+            cache: (B, N, C), dtype of x, contiguous, or a QuantizedCache or ForecastCache of that
+                size, but not both in one call.  Modified in place where there is a fresh.
             fresh: (B, k, C), dtype of x, contiguous.
             inverse: (B, N), int32, in [-1, k): the row of `fresh` for each token, -1 for none.
         inplace: write the sum into x instead of a new tensor.
@@ -609,18 +590,29 @@ def scatter_residual(
     _checks.tensor("x", x, ("B", "N", "C"), dtype=_checks.FLOATS)
     if not 1 <= len(updates) <= MAX_UPDATES:
         raise ValueError(f"updates: expected 1 to {MAX_UPDATES}, got {len(updates)}")
-    gates, caches, scales, fresh, inverse = zip(
+    gates, caches, scales, forecasts, fresh, inverse = zip(
         *(_update(f"updates[{u}]", update, x) for u, update in enumerate(updates)), strict=True
     )
-    caches += tuple(scale for scale in scales if scale is not None)
     body = _library.scatter_residual_inplace if inplace else _library.scatter_residual
+    if any(forecast is not None for forecast in forecasts):
+        return _scatter_forecasts(
+            body, x, gates, caches, scales, forecasts, fresh, inverse, backend
+        )
+    caches += tuple(scale for scale in scales if scale is not None)
     return body(x, gates, caches, fresh, inverse, resolve(backend, x.device, op="scatter_residual"))
 
 
 def _update(
     name: str, update: Update, x: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(gate, cache, its scale, fresh, inverse)"""
+) -> tuple[
+    Tensor | None,
+    Tensor,
+    Tensor | None,
+    ForecastCache | None,
+    Tensor | None,
+    Tensor | None,
+]:
+    """(gate, cache, its scale, its forecast, fresh, inverse)"""
     B, N, C = x.shape
     if len(update) not in (2, 4):
         raise ValueError(
@@ -630,22 +622,56 @@ def _update(
     gate, cache = update[:2]
     if gate is not None:
         _checks.modulation(f"{name} gate", gate, x)
-    values, scale = _cache(f"{name} cache", cache, x)
+    values, scale, forecast = checked(f"{name} cache", cache, x)
     if len(update) == 2:
-        return gate, values, scale, None, None
+        return gate, values, scale, forecast, None, None
     fresh, inverse = update[2:]
     _checks.tensor(f"{name} fresh", fresh, (B, "k", C), dtype=x.dtype, device=x.device)
     _checks.tensor(f"{name} inverse", inverse, (B, N), dtype=torch.int32, device=x.device)
-    return gate, values, scale, fresh, inverse
+    return gate, values, scale, forecast, fresh, inverse
+
+
+def _scatter_forecasts(
+    body: Callable[..., Tensor],
+    x: Tensor,
+    gates: Sequence[Tensor | None],
+    caches: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    forecasts: Sequence[ForecastCache | None],
+    fresh: Sequence[Tensor | None],
+    inverse: Sequence[Tensor | None],
+    backend: str | None,
+) -> Tensor:
+    if any(scale is not None for scale in scales):
+        raise ValueError(
+            "updates: expected no QuantizedCache beside a ForecastCache, got both in one call"
+        )
+    # Of a cache that gets nothing fresh, only the slopes that it is read with.
+    slopes = [
+        () if forecast is None else _read_by(forecast)[0] if rows is None else forecast.slopes
+        for forecast, rows in zip(forecasts, fresh, strict=True)
+    ]
+    return body(
+        x,
+        gates,
+        [*caches, *(slope for given in slopes for slope in given)],
+        fresh,
+        inverse,
+        _resolve(backend, x.device, "scatter_residual", True),
+        [f.distance for f, given in zip(forecasts, slopes, strict=True) if f is not None and given],
+        [len(given) for given in slopes],
+        [0 if forecast is None else forecast.computed for forecast in forecasts],
+    )
 
 
 def store_rows(cache: Cache, rows: Tensor, *, backend: str | None = None) -> None:
     """Write every row of a cache: what a full step does.
 
-        cache[b, n] = rows[b, n]                        (rounded by the rule of QuantizedCache)
+        cache[b, n] = rows[b, n]      (by the rules of QuantizedCache and ForecastCache)
 
     Args:
-        cache: (B, N, C), dtype of rows, contiguous, or a QuantizedCache.  Modified in place.
+        cache: (B, N, C), dtype of rows, contiguous, or a QuantizedCache or ForecastCache of that
+            size.  Modified in place.
         rows: (B, N, C), float32 | bfloat16 | float16, contiguous.
         backend: None chooses by device; a name is used or refused.
 
@@ -654,12 +680,58 @@ def store_rows(cache: Cache, rows: Tensor, *, backend: str | None = None) -> Non
         RuntimeError: the named backend is not available here.
     """
     _checks.tensor("rows", rows, ("B", "N", "C"), dtype=_checks.FLOATS)
-    values, scale = _cache("cache", cache, rows)
-    backend = resolve(backend, rows.device, op="store_rows")
-    if scale is None:
-        values.copy_(rows)
+    values, scale, forecast = checked("cache", cache, rows)
+    backend = _resolve(backend, rows.device, "store_rows", forecast is not None)
+    if forecast is not None:
+        _, slopes, distance, computed = forecast
+        _library.store_rows(values, None, slopes, distance, computed, rows, backend)
+    elif scale is not None:
+        _library.store_rows(values, scale, (), None, 0, rows, backend)
     else:
-        _library.store_rows(values, scale, rows, backend)
+        values.copy_(rows)
+
+
+def read_rows(
+    cache: Cache,
+    index: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a cache stands for, all rows or the selected ones: for code that takes a plain tensor.
+
+        out[b, j] = cache[b, index[b, j]]      (by the rules of QuantizedCache and ForecastCache)
+
+    Args:
+        cache: (B, N, C), float32 | bfloat16 | float16, contiguous, or a QuantizedCache or
+            ForecastCache of that size.
+        index: (B, k), int64, in [0, N); None takes every token (k = N).
+        dtype: float32 | bfloat16 | float16, of the rows of a QuantizedCache, which does not know
+            it; any other cache has its own.
+        backend: None chooses by device; a name is used or refused.
+
+    Returns:
+        (B, k, C), a new tensor.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout differs, or an index is out of [0, N).
+        RuntimeError: the named backend is not available here.
+    """
+    eight_bit = isinstance(cache, QuantizedCache)
+    if isinstance(cache, QuantizedCache | ForecastCache):
+        size = _checks.tensor("cache values", cache.values, ("B", "N", "C"))
+    else:
+        size = _checks.tensor("cache", cache, ("B", "N", "C"), dtype=_checks.FLOATS)
+    values, scale, forecast = checked("cache", cache, size)
+    if dtype is None and not eight_bit:
+        dtype = values.dtype
+    dtype = _checks.dtype("dtype", dtype, _checks.FLOATS if eight_bit else (values.dtype,))
+    if index is not None:
+        shape = (values.shape[0], "k")
+        _checks.tensor("index", index, shape, dtype=torch.int64, device=values.device)
+    slopes, distance = _read_by(forecast)
+    backend = resolve(backend, values.device, _FORECAST_BODIES, "read_rows")
+    return _library.read_rows(values, index, scale, slopes, distance, dtype, backend)
 
 
 def partial_mlp(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .features import ForecastCache, forecast_order
+
 EIGHT_BIT_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
@@ -127,21 +129,19 @@ def gather_modulate(
     norm: str,
     eps: float,
     cache_scale: Tensor | None = None,
+    slopes: Sequence[Tensor] = (),
+    distance: Tensor | None = None,
 ) -> Tensor:
     if index is not None:
         _check_range("index", index, 0, x.shape[1])
 
     def rows(value: Tensor) -> Tensor:
         """The selected rows in float32; a (B, C) value serves every row of its sample."""
-        if value.ndim == 2:
-            return value[:, None].float()
-        if index is None:
-            return value.float()
-        return value.gather(1, index[:, :, None].expand(-1, -1, value.shape[2])).float()
+        return value[:, None].float() if value.ndim == 2 else _selected(value, index).float()
 
     row = rows(x)
     if cache is not None:
-        cached = rows(cache if cache_scale is None else cache.float() * cache_scale[:, :, None])
+        cached = rows(_read(cache, cache_scale, slopes, distance))
         row = row + (cached if gate is None else rows(gate) * cached)
     if norm == "layer":
         row = row - row.mean(dim=-1, keepdim=True)
@@ -178,17 +178,28 @@ def scatter_residual(
     inverse: Sequence[Tensor | None],
     out: Tensor,
     scales: Sequence[Tensor | None] | None = None,
+    forecasts: Sequence[ForecastCache | None] | None = None,
 ) -> None:
     for rows, slot in zip(fresh, inverse, strict=True):  # all of them before a cache is written
         if rows is not None and slot is not None:
             _check_range("inverse", slot, -1, rows.shape[1])
     total = x.float()
     scales = scales or [None] * len(caches)
-    for gate, cache, scale, rows, slot in zip(gates, caches, scales, fresh, inverse, strict=True):
-        value = cache.float() if scale is None else cache.float() * scale[:, :, None]
+    forecasts = forecasts or [None] * len(caches)
+    for gate, cache, scale, forecast, rows, slot in zip(
+        gates, caches, scales, forecasts, fresh, inverse, strict=True
+    ):
+        if forecast is None:
+            value = _read(cache, scale)
+        else:
+            slopes = forecast.slopes[: forecast_order(forecast)]
+            value = _read(cache, None, slopes, forecast.distance)
         if rows is not None and slot is not None and rows.shape[1] > 0:
             selected = (slot >= 0)[:, :, None]
             moved = rows.gather(1, slot.clamp(min=0).long()[:, :, None].expand_as(cache))
+            if forecast is not None:
+                for slope, new in zip(forecast.slopes, _differences(forecast, moved), strict=True):
+                    slope.copy_(torch.where(selected, new, slope))
             if scale is None:
                 cache.copy_(torch.where(selected, moved, cache))
             else:
@@ -202,10 +213,70 @@ def scatter_residual(
     out.copy_(total)
 
 
-def store_rows(values: Tensor, scale: Tensor, rows: Tensor) -> None:
-    rounded, row_scale = quantize(rows, values.dtype)
-    values.copy_(rounded)
-    scale.copy_(row_scale)
+def store_rows(
+    values: Tensor, scale: Tensor | None, rows: Tensor, forecast: ForecastCache | None = None
+) -> None:
+    if forecast is not None:
+        for slope, new in zip(forecast.slopes, _differences(forecast, rows), strict=True):
+            slope.copy_(new)
+        values.copy_(rows)
+    elif scale is not None:
+        rounded, row_scale = quantize(rows, values.dtype)
+        values.copy_(rounded)
+        scale.copy_(row_scale)
+
+
+def read_rows(
+    values: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    slopes: Sequence[Tensor],
+    distance: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if index is not None:
+        _check_range("index", index, 0, values.shape[1])
+    rows = _selected(_read(values, scale, slopes, distance), index)
+    return rows.to(dtype, copy=True)
+
+
+def _selected(value: Tensor, index: Tensor | None) -> Tensor:
+    """(B, k, C): the rows of (B, N, C) that the index names; all of them without one."""
+    if index is None:
+        return value
+    return value.gather(1, index[:, :, None].expand(-1, -1, value.shape[2]))
+
+
+def _read(
+    values: Tensor,
+    scale: Tensor | None,
+    slopes: Sequence[Tensor] = (),
+    distance: Tensor | None = None,
+) -> Tensor:
+    """What a cache stands for, in float32: Taylor's polynomial in the distance, of these slopes."""
+    read = values.float() if scale is None else values.float() * scale[:, :, None]
+    if distance is None:
+        return read
+    factor = torch.ones_like(distance)
+    for order, slope in enumerate(slopes, start=1):
+        factor = factor * distance / order
+        read = read + factor[:, :, None] * slope.float()
+    return read
+
+
+def _differences(forecast: ForecastCache, rows: Tensor) -> list[Tensor]:
+    """The slopes of a cache after every token was computed anew, in float32."""
+    values, slopes, distance, computed = forecast
+    steps = distance[:, :, None]
+    new: list[Tensor] = []
+    latest, before = rows.float(), values
+    for order, slope in enumerate(slopes):
+        # The difference from what was not there before is 0, whatever is in that memory.
+        known = computed > order
+        latest = (latest - before.float()) / steps if known else torch.zeros_like(latest)
+        new.append(latest)
+        before = slope
+    return new
 
 
 def quantize(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ namespace toca::cpu {
   void gather_modulate(const GatherModulate& p);   \
   void scatter_residual(const ScatterResidual& p); \
   void store_rows(const StoreRows& p);             \
+  void read_rows(const ReadRows& p);               \
   }
 #define TOCA_BODIES(name, supported) \
   {#name,                            \
@@ -20,7 +21,8 @@ namespace toca::cpu {
    name::select_tokens,              \
    name::gather_modulate,            \
    name::scatter_residual,           \
-   name::store_rows}
+   name::store_rows,                 \
+   name::read_rows}
 
 TOCA_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -39,6 +41,7 @@ struct Bodies {
   void (*gather_modulate)(const GatherModulate&);
   void (*scatter_residual)(const ScatterResidual&);
   void (*store_rows)(const StoreRows&);
+  void (*read_rows)(const ReadRows&);
 };
 
 bool always() { return true; }
@@ -79,6 +82,7 @@ void select_tokens(const SelectTokens& p) { chosen->select_tokens(p); }
 void gather_modulate(const GatherModulate& p) { chosen->gather_modulate(p); }
 void scatter_residual(const ScatterResidual& p) { chosen->scatter_residual(p); }
 void store_rows(const StoreRows& p) { chosen->store_rows(p); }
+void read_rows(const ReadRows& p) { chosen->read_rows(p); }
 
 const char* isa() { return chosen->name; }
 

@@ -1,11 +1,12 @@
 // gather_modulate: residual + LayerNorm/RMSNorm + modulation of the selected rows.
 //
-// Fused: gather, x + gate * cache (which may be held in 8 bits), mean and variance, affine,
-// modulation; one read of the k rows, one write.  A row stays in a float32 buffer in L1 between its
-// passes.  Limited by memory for few rows and by the conversions for 16-bit dtypes; rows are
-// independent, so they are the threads' work.
+// Fused: gather, x + gate * cache (which may be held in 8 bits, or extrapolated), mean and
+// variance, affine, modulation; one read of the k rows, one write.  A row stays in a float32 buffer
+// in L1 between its passes.  Limited by memory for few rows and by the conversions for 16-bit
+// dtypes; rows are independent, so they are the threads' work.
 #include "../toca.h"
 #include "eight_bit.h"
+#include "forecast.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -32,13 +33,17 @@ Vec residual_row(const GatherModulate& p, int64_t b, int64_t n, float* buffer) {
     return total;
   }
   const T* gate = p.gate.data ? row_of<T>(p.gate, b, n) : nullptr;
-  with_row<T>(p.cache, p.cache_scale, p.cache_dtype, row, C, [&](auto cache) {
+  const auto add = [&](auto cache) {
     for_row(C, [&](int64_t c, auto load, auto) {
       const Vec v = load(x) + (gate ? load(gate) * cache(load) : cache(load));
       store(buffer + c, v);
       total += v;
     });
-  });
+  };
+  if (p.forecast.slopes)
+    with_forecast<T>(p.cache, p.forecast, row, C, add);
+  else
+    with_row<T>(p.cache, p.cache_scale, p.cache_dtype, row, C, add);
   return total;
 }
 

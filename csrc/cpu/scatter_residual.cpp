@@ -2,19 +2,34 @@
 //
 // Fused: scatter, gates and residual adds of up to four caches, in one pass over the tokens; each
 // fresh row is found through the inverse map, moved to its cache bit by bit (or rounded, where the
-// cache is held in 8 bits), and then still near.
+// cache is held in 8 bits), and then still near.  A cache that is extrapolated gets the differences
+// of a fresh row too; any other row is extrapolated where it is added.
 // Limited by memory: one read of x and of each cache, one write of x, and of the fresh rows.
 #include "../toca.h"
 #include "eight_bit.h"
+#include "forecast.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace toca::cpu::TOCA_ISA {
 namespace {
 
+template <class T>
+const T* gate_of(const ResidualUpdate& u, int64_t b, int64_t n) {
+  return u.gate.data ? (const T*)u.gate.data + b * u.gate.stride_b + n * u.gate.stride_n : nullptr;
+}
+
+// The fresh row of a token; nullptr: its cache is kept.
+template <class T>
+const T* fresh_of(const ResidualUpdate& u, int64_t b, int64_t row, int64_t C) {
+  const int32_t slot = u.fresh && u.k > 0 ? u.inverse[row] : -1;
+  return slot >= 0 ? (const T*)u.fresh + (b * u.k + slot) * C : nullptr;
+}
+
 // The row of one update that is added to a token: of the cache, or its fresh value.
 template <class T>
 struct Source {
+  using Value = T;
   const T* gate;       // nullptr: 1
   const void* values;  // of T where there is no scale
   const float* scale;
@@ -38,23 +53,57 @@ void refresh(const ResidualUpdate& u, int64_t row, const T* fresh, int64_t C) {
 }
 
 template <class T>
-Source<T> source_of(const ResidualUpdate& u, int64_t b, int64_t n, int64_t N, int64_t C) {
-  const T* gate =
-      u.gate.data ? (const T*)u.gate.data + b * u.gate.stride_b + n * u.gate.stride_n : nullptr;
-  const int64_t row = b * N + n;
-  const int32_t slot = u.fresh && u.k > 0 ? u.inverse[row] : -1;
-  if (slot >= 0) {
-    const T* fresh = (const T*)u.fresh + (b * u.k + slot) * C;
+void source_of(const ResidualUpdate& u, int64_t b, int64_t n, int64_t row, int64_t C,
+               Source<T>* source) {
+  const T* gate = gate_of<T>(u, b, n);
+  if (const T* fresh = fresh_of<T>(u, b, row, C)) {
     refresh(u, row, fresh, C);
-    return {gate, fresh, nullptr, DType{}};
+    *source = {gate, fresh, nullptr, DType{}};
+  } else if (!u.cache_scale) {
+    *source = {gate, (const T*)u.cache + row * C, nullptr, DType{}};
+  } else {
+    *source = {gate, (const int8_t*)u.cache + row * C, u.cache_scale + row, u.cache_dtype};
   }
-  if (!u.cache_scale) return {gate, (const T*)u.cache + row * C, nullptr, DType{}};
-  return {gate, (const int8_t*)u.cache + row * C, u.cache_scale + row, u.cache_dtype};
+}
+
+// The same where a cache is extrapolated.
+template <class T>
+struct ForecastSource {
+  using Value = T;
+  const T* gate;
+  const void* values;
+  const Forecast* forecast;  // nullptr: a plain row, the first of `values`
+  int64_t row, C;
+
+  template <class Body>
+  void visit(Body body) const {
+    if (forecast)
+      with_forecast<T>(values, *forecast, row, C, body);
+    else
+      body(Row<T>{(const T*)values, 1.f});
+  }
+};
+
+template <class T>
+void source_of(const ResidualUpdate& u, int64_t b, int64_t n, int64_t row, int64_t C,
+               ForecastSource<T>* source) {
+  const T* gate = gate_of<T>(u, b, n);
+  if (const T* fresh = fresh_of<T>(u, b, row, C)) {
+    if (u.forecast.slopes)
+      store_forecast(fresh, u.cache, u.forecast, row, C);
+    else
+      std::memcpy((T*)u.cache + row * C, fresh, C * sizeof(T));
+    *source = {gate, fresh, nullptr, row, C};
+  } else if (u.forecast.order) {
+    *source = {gate, u.cache, &u.forecast, row, C};
+  } else {
+    *source = {gate, (const T*)u.cache + row * C, nullptr, row, C};
+  }
 }
 
 // The most common forms get loops without branches inside; the last serves everything.
-template <class T>
-void add_row(const Source<T>* s, int count, const T* x, T* out, int64_t C) {
+template <class Source, class T = typename Source::Value>
+void add_row(const Source* s, int count, const T* x, T* out, int64_t C) {
   if (count == 2 && s[0].gate && s[1].gate) {
     const T *gate_a = s[0].gate, *gate_m = s[1].gate;
     s[0].visit([&](auto a) {
@@ -83,16 +132,23 @@ void add_row(const Source<T>* s, int count, const T* x, T* out, int64_t C) {
   });
 }
 
-template <class T>
-void run(const ScatterResidual& p) {
+template <class Source, class T = typename Source::Value>
+void run_rows(const ScatterResidual& p) {
   parallel_for(p.B * p.N, 8, p.threads, [&](int64_t begin, int64_t end) {
-    Source<T> sources[kMaxUpdates];
+    Source sources[kMaxUpdates];
     for (int64_t r = begin; r < end; ++r) {
       const int64_t b = r / p.N, n = r - b * p.N;
-      for (int u = 0; u < p.updates; ++u) sources[u] = source_of<T>(p.update[u], b, n, p.N, p.C);
+      for (int u = 0; u < p.updates; ++u) source_of(p.update[u], b, n, r, p.C, &sources[u]);
       add_row(sources, p.updates, (const T*)p.x + r * p.C, (T*)p.out + r * p.C, p.C);
     }
   });
+}
+
+template <class T>
+void run(const ScatterResidual& p) {
+  for (int u = 0; u < p.updates; ++u)
+    if (p.update[u].forecast.slopes) return run_rows<ForecastSource<T>>(p);
+  run_rows<Source<T>>(p);
 }
 
 }  // namespace

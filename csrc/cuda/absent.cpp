@@ -16,6 +16,7 @@ void select_tokens(const SelectTokens&, const Stream&) { refuse(); }
 void gather_modulate(const GatherModulate&, const Stream&) { refuse(); }
 void scatter_residual(const ScatterResidual&, const Stream&) { refuse(); }
 void store_rows(const StoreRows&, const Stream&) { refuse(); }
+void read_rows(const ReadRows&, const Stream&) { refuse(); }
 int64_t select_tokens_scratch(int64_t, int64_t) { return 0; }
 
 int toolkit_version() { return 0; }

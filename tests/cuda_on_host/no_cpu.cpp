@@ -14,6 +14,7 @@ void select_tokens(const SelectTokens&) { refuse(); }
 void gather_modulate(const GatherModulate&) { refuse(); }
 void scatter_residual(const ScatterResidual&) { refuse(); }
 void store_rows(const StoreRows&) { refuse(); }
+void read_rows(const ReadRows&) { refuse(); }
 
 const char* isa() { return "on_host"; }
 int isas(const char**) { return 0; }
