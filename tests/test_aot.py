@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from toca_kernels import triton as kernels
 from toca_kernels.apps import aot
 from toca_kernels.apps.shapes import SHAPES, Shape
+from toca_kernels.features import ForecastCache
 from toca_kernels.triton import configs
 
 ATTENTION = ("attention_scores", "attention_entropy", "partial_attention")
@@ -68,11 +69,15 @@ CASES |= {
         Shape("odd", 1, 33, 39, 3, 1, dtype=torch.float32),
         (
             "gather_modulate",
+            "gather_modulate_forecast",
             "gather_modulate_int8",
+            "read_rows",
             "scatter_residual",
+            "scatter_residual_forecast",
             "scatter_residual_int8",
             "select_tokens",
             "store_rows",
+            "store_rows_forecast",
         ),
     ),
 }
@@ -120,6 +125,41 @@ def scatter_cached(values, scale):
     )
 
 
+def forecast(slopes, computed):
+    x = [meta(B, N, C) for _ in range(slopes)]
+    return ForecastCache(meta(B, N, C), tuple(x), meta(B, N, dtype=torch.float32), computed)
+
+
+def stored(slopes, computed):
+    cache = forecast(slopes, computed)
+    return lambda: kernels.store_rows(cache.values, None, meta(B, N, C), cache)
+
+
+def extrapolated(slopes):
+    """Everything that reads a forecast cache of so many slopes: every row, and selected ones."""
+    cache, rows = forecast(slopes, slopes + 1), meta(B, C)
+    read = cache.slopes, cache.distance
+
+    def call():
+        x, index = meta(B, N, C), meta(B, k, dtype=torch.int64)
+        given = x, None, rows, rows, None, cache.values, None, None, "rms", 1e-6, None
+        kernels.gather_modulate(*given, *read)
+        for selected in (None, index):
+            kernels.read_rows(cache.values, selected, None, *read, torch.bfloat16)
+
+    return call
+
+
+def scatter_forecasts(*caches):
+    """Every second one without fresh rows, and one cache that is not extrapolated."""
+    values = [*(cache.values for cache in caches), meta(B, N, C)]
+    fresh = [meta(B, k, C) if u % 2 == 0 else None for u in range(len(values))]
+    inverse = [None if rows is None else meta(B, N, dtype=torch.int32) for rows in fresh]
+    gates = [meta(B, C), meta(B, N, C), None, meta(B, C)][: len(values)]
+    x, forecasts = meta(B, N, C), [*caches, None]
+    return lambda: kernels.scatter_residual(x, gates, values, fresh, inverse, x, None, forecasts)
+
+
 def mlp(activation, bias, rows=36):
     bias1, bias2 = (meta(4 * C), meta(C)) if bias else (None, None)
     weights = meta(4 * C, C), bias1, meta(C, 4 * C), bias2
@@ -153,6 +193,19 @@ VARIANTS = {
     "store-float8": eight_bit(
         torch.float8_e4m3fn,
         lambda values, scale: kernels.store_rows(values, scale, meta(B, N, C)),
+    ),
+    **{
+        f"store-forecast-{slopes}-{computed}": stored(slopes, computed)
+        for slopes, computed in ((1, 0), (1, 1), (1, 2), (2, 1), (2, 3))
+    },
+    "read-forecast-1": extrapolated(1),
+    "read-forecast-2": extrapolated(2),
+    "scatter-forecast-one": scatter_forecasts(forecast(1, 2)),
+    "scatter-forecast-first": scatter_forecasts(forecast(1, 1), forecast(2, 2)),
+    "scatter-forecast-four": scatter_forecasts(forecast(2, 3), forecast(2, 3), forecast(2, 3)),
+    "read-int8": eight_bit(
+        torch.int8,
+        lambda values, scale: kernels.read_rows(values, None, scale, (), None, torch.float16),
     ),
     "mlp-gelu-without-bias": mlp("gelu", False),
     "mlp-silu": mlp("silu", True),

@@ -118,11 +118,15 @@ def test_bytes_and_flops_by_hand():
     mlp = 2 * B * k * row + (2 * 4 * C * C + 4 * C + C) * e
     # x, out, attention; of the MLP old rows and fresh ones, which are also written; gates, inverse
     scatter = 3 * x + B * (N - k) * row + 2 * B * k * row + 2 * B * row + 4 * B * N
+    # of both caches slopes and distances: of the MLP those of old rows, and of fresh ones what is
+    # written, and what the difference is taken from
+    forecast = scatter + x + B * (N - k) * row + 2 * B * k * row + 2 * 4 * B * N
     rows = 3 * B
     by_hand = {
         "gather_modulate": gather,
         "mlp_rows": mlp,
         "scatter_residual": scatter,
+        "scatter_residual_forecast": forecast,
         "partial_mlp": gather + mlp + scatter,
         "select_tokens": rows * (N * (4 + 4 + 4 + 4) + 8 * k + 4),
         "attention_scores": 2 * x + 4 * B * 2 * N + 4 * B * N,

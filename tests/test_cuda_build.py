@@ -27,6 +27,8 @@ LIMITS = {
     "gather_modulate_kernel": (80, 256),
     "scatter_residual_kernel": (96, 0),
     "scatter_residual_8bit_kernel": (120, 0),
+    "scatter_forecast_kernel": (128, 0),
+    "store_forecast_kernel": (80, 0),
     "store_rows_kernel": (80, 0),
     "read_rows_kernel": (80, 0),
 }
@@ -35,6 +37,8 @@ STREAMING = (
     "gather_modulate_kernel",
     "scatter_residual_kernel",
     "scatter_residual_8bit_kernel",
+    "scatter_forecast_kernel",
+    "store_forecast_kernel",
     "read_rows_kernel",
 )
 RESERVED = {80: 0, 90: 1024}  # bytes of shared memory that the driver keeps of every CTA
@@ -140,9 +144,10 @@ def test_aligned_rows_move_16_bytes_at_a_time(name, arch, code):
 @every_arch
 def test_caches_are_streamed(arch, code):
     """Of scatter_residual: loads and stores that leave the L2 to x ("evict first")."""
-    for text in find(code, "scatter_residual_kernel", arch, moves_16_bytes).values():
-        assert re.search(r"\bLDG\.E\.EF\.128\b", text)
-        assert re.search(r"\bSTG\.E\.EF\.128\b", text)
+    for name in ("scatter_residual_kernel", "scatter_forecast_kernel"):
+        for text in find(code, name, arch, moves_16_bytes).values():
+            assert re.search(r"\bLDG\.E\.EF\.128\b", text)
+            assert re.search(r"\bSTG\.E\.EF\.128\b", text)
 
 
 @every_arch

@@ -16,14 +16,25 @@ from pathlib import Path
 import pytest
 import torch
 
+import forecast
 import test_eight_bit_updates
+import test_forecast_updates
 import test_gather_modulate
+import test_read_rows
 import test_scatter_residual
 import test_select_tokens
 from eight_bit import assert_same_cache, every_dtype, every_kind, new_cache, written
+from forecast import every_stage
 from test_eight_bit import special_rows, uneven_rows
 from test_select_tokens import check_against_oracle, few_levels, random_age
-from toca_kernels import QuantizedCache, gather_modulate, native, scatter_residual, store_rows
+from toca_kernels import (
+    QuantizedCache,
+    gather_modulate,
+    native,
+    read_rows,
+    scatter_residual,
+    store_rows,
+)
 from tolerance import assert_backend_within_budget, assert_same_bits
 
 HERE = Path(__file__).parent / "cuda_on_host"
@@ -212,3 +223,65 @@ def test_gather_modulate_in_8_bits(B, N, C, k, gate, kind, dtype, cuda):
     )
     result = gather_modulate(*given, residual=residual, backend="native")
     assert_backend_within_budget(result, reference, exact)
+
+
+# --- forecast caches -----------------------------------------------------------------------------
+
+
+@every_stage
+@every_dtype
+@pytest.mark.parametrize("C", [1, 3, 16, 37, 1152])
+def test_store_rows_of_a_forecast(C, dtype, slopes, computed, cuda):
+    cache = forecast.new_cache(2, 9, C, dtype, slopes, computed)
+    rows = torch.randn(2, 9, C).to(dtype)
+    have, want = forecast.clone(cache), forecast.clone(cache)
+    store_rows(have, rows, backend="native")
+    store_rows(want, rows, backend="reference")
+    forecast.assert_same_cache(have, want)
+
+
+@pytest.mark.parametrize("size", [(0, 9, 24), (2, 0, 24), (2, 9, 0)])
+def test_nothing_to_store_in_a_forecast(size, cuda):
+    cache = forecast.new_cache(*size, torch.float32, 2, 3)
+    store_rows(cache, torch.randn(size), backend="native")
+
+
+@every_dtype
+@pytest.mark.parametrize(("B", "N", "C", "k", "words"), test_forecast_updates.CASES)
+def test_scatter_residual_of_forecasts(B, N, C, k, words, dtype, cuda):
+    x, updates, reference, caches, exact = test_forecast_updates.problem(B, N, C, k, words, dtype)
+    result, have = test_forecast_updates.run(x, updates, "native")
+    assert_backend_within_budget(result, reference, exact)
+    for cache, want in zip(have, caches, strict=True):
+        forecast.assert_same_cache(cache, want)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", test_forecast_updates.READ)
+@pytest.mark.parametrize(("B", "N", "C", "k", "gate"), test_forecast_updates.GATHER)
+def test_gather_modulate_of_a_forecast(B, N, C, k, gate, kind, dtype, cuda):
+    given, residual, reference, exact = test_forecast_updates.gather_problem(
+        B, N, C, k, gate, kind, dtype
+    )
+    result = gather_modulate(*given, residual=residual, backend="native")
+    assert_backend_within_budget(result, reference, exact)
+
+
+# --- read_rows -----------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", test_read_rows.EVERY_KIND)
+@pytest.mark.parametrize(("B", "N", "C", "k"), test_read_rows.CASES)
+def test_read_rows_(B, N, C, k, kind, dtype, cuda):
+    cache, index, options, exact = test_read_rows.problem(B, N, C, k, kind, dtype)
+    reference = read_rows(cache, index, **options, backend="reference")
+    result = read_rows(cache, index, **options, backend="native")
+    assert_backend_within_budget(result, reference, exact)
+
+
+@pytest.mark.parametrize("index", [-1, 3, 2**40])
+def test_an_index_out_of_range_is_not_read(index, cuda):
+    rows = read_rows(torch.randn(1, 3, 8), torch.tensor([[0, index]]), backend="native")
+    assert rows[0, 0].isfinite().all()
+    assert rows[0, 1].isnan().all()

@@ -20,6 +20,7 @@ from forecast import (
     new_cache,
     selected,
 )
+from interpreter import needs_triton
 from tolerance import assert_reference_within_bound, assert_same_bits, exact_values
 
 # --- store_rows ---
@@ -52,6 +53,16 @@ def test_native_writes_the_same_bits(C, dtype, slopes, computed, isa):
     assert_same_cache(stored(cache, rows, "native"), stored(cache, rows))
 
 
+@needs_triton
+@every_stage
+@every_dtype
+@pytest.mark.parametrize("C", [1, 37, 300])
+def test_triton_writes_the_same_bits(C, dtype, slopes, computed):
+    cache = new_cache(2, 9, C, dtype, slopes, computed)
+    rows = torch.randn(2, 9, C).to(dtype)
+    assert_same_cache(stored(cache, rows, "triton"), stored(cache, rows))
+
+
 @pytest.mark.parametrize("size", [(0, 9, 24), (2, 0, 24), (2, 9, 0)])
 def test_nothing_to_store(size, backend):
     cache = new_cache(*size, torch.float32, 2, 3)
@@ -73,8 +84,6 @@ def test_special_values_stay_in_their_channel(special, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tokens_on_straight_lines_are_foreseen(dtype, slopes, body):
     """Each token is computed at times of its own: slopes are those of the lines, to the bit."""
-    if body == "triton":
-        pytest.skip("reads and writes in Triton are tested one by one")
     B, N, C, k = 2, 7, 20, 3
     start = torch.randint(-8, 9, (B, N, C)).float()
     slope = torch.randint(-4, 5, (B, N, C)).float()

@@ -20,6 +20,7 @@ from forecast import (
     new_cache,
     selected,
 )
+from interpreter import needs_triton
 from test_eight_bit_updates import make_gate
 from tolerance import (
     assert_backend_within_budget,
@@ -133,6 +134,17 @@ def test_scatter_native_matches_reference(B, N, C, k, words, dtype, isa):
         assert_same_cache(cache, want)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "N", "C", "k", "words"), CASES)
+def test_scatter_triton_matches_reference(B, N, C, k, words, dtype):
+    x, updates, reference, caches, wanted = problem(B, N, C, k, words, dtype)
+    result, have = run(x, updates, "triton")
+    assert_backend_within_budget(result, reference, wanted)
+    for cache, want in zip(have, caches, strict=True):
+        assert_same_cache(cache, want)
+
+
 def test_inplace_writes_the_same_into_x(backend):
     x, updates, *_ = problem(2, 13, 40, 5, "1@2:token plain+:none 2@4+:sample", torch.float32)
     want, want_caches = run(x, updates, backend)
@@ -238,6 +250,16 @@ def test_gather_reference_matches_oracle(B, N, C, k, gate, kind, dtype):
 def test_gather_native_matches_reference(B, N, C, k, gate, kind, dtype, isa):
     given, residual, reference, wanted = gather_problem(B, N, C, k, gate, kind, dtype)
     result = toca.gather_modulate(*given, residual=residual, backend="native")
+    assert_backend_within_budget(result, reference, wanted)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize(("B", "N", "C", "k", "gate"), GATHER)
+def test_gather_triton_matches_reference(B, N, C, k, gate, kind, dtype):
+    given, residual, reference, wanted = gather_problem(B, N, C, k, gate, kind, dtype)
+    result = call("gather_modulate", *given, residual=residual, backend="triton")
     assert_backend_within_budget(result, reference, wanted)
 
 

@@ -11,6 +11,7 @@ import toca_kernels as toca
 from eight_bit import FLOAT8, INT8, every_dtype, selected, written
 from eight_bit import read as read_in_8_bits
 from forecast import call, exact, new_cache
+from interpreter import needs_triton
 from tolerance import (
     assert_backend_within_budget,
     assert_reference_within_bound,
@@ -72,6 +73,18 @@ def test_native_matches_reference(B, N, C, k, kind, dtype, isa):
     assert_backend_within_budget(result, reference, wanted)
     if "@" not in kind or kind.endswith("@1"):  # nothing is added up
         assert_same_bits(result, reference)
+
+
+@needs_triton
+@every_dtype
+@pytest.mark.parametrize("kind", EVERY_KIND)
+@pytest.mark.parametrize(("B", "N", "C", "k"), CASES)
+def test_triton_matches_reference(B, N, C, k, kind, dtype):
+    cache, index, options, wanted = problem(B, N, C, k, kind, dtype)
+    reference = toca.read_rows(cache, index, **options, backend="reference")
+    result = call("read_rows", cache, index, **options, backend="triton")
+    assert result.dtype == dtype
+    assert_backend_within_budget(result, reference, wanted)
 
 
 @pytest.mark.parametrize("kind", ["plain", "1@1", "2@3"])

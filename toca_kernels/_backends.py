@@ -67,6 +67,7 @@ _ON_CUDA = {
     "mlp_rows": ("triton", "native"),
     "scatter_residual": ("triton", "native"),
     "store_rows": ("triton", "native"),
+    "read_rows": ("triton", "native"),
 }
 
 

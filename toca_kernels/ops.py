@@ -38,7 +38,6 @@ NORMS = ("layer", "rms")
 MAX_UPDATES = 4
 MAX_EXPONENT = 4.0  # of a weight in scored_attention
 _NO_NATIVE_BODY = ("reference", "triton")
-_FORECAST_BODIES = ("reference", "native")
 # Rows up to which a 16-bit MLP takes as long as for one row, because reading its weights is what
 # takes the time: below 137 on an A100 and 151 on an H200 by the roofline (docs/gpu.md; not measured
 # yet).  On a CPU time grows with the rows from the first one on (docs/speed.md).
@@ -452,7 +451,7 @@ def gather_modulate(
         bias,
         norm,
         float(eps),
-        _resolve(backend, x.device, "gather_modulate", bool(slopes)),
+        resolve(backend, x.device, op="gather_modulate"),
         cache_scale,
         slopes,
         distance,
@@ -465,12 +464,6 @@ def _read_by(forecast: ForecastCache | None) -> tuple[tuple[Tensor, ...], Tensor
         return (), None
     slopes = forecast.slopes[: forecast_order(forecast)]
     return slopes, forecast.distance if slopes else None
-
-
-def _resolve(backend: str | None, device: torch.device, op: str, forecast: bool) -> str:
-    if not forecast:
-        return resolve(backend, device, op=op)
-    return resolve(backend, device, _FORECAST_BODIES, f"{op} of forecast caches")
 
 
 def free_rows(device: torch.device) -> int:
@@ -657,7 +650,7 @@ def _scatter_forecasts(
         [*caches, *(slope for given in slopes for slope in given)],
         fresh,
         inverse,
-        _resolve(backend, x.device, "scatter_residual", True),
+        resolve(backend, x.device, op="scatter_residual"),
         [f.distance for f, given in zip(forecasts, slopes, strict=True) if f is not None and given],
         [len(given) for given in slopes],
         [0 if forecast is None else forecast.computed for forecast in forecasts],
@@ -681,7 +674,7 @@ def store_rows(cache: Cache, rows: Tensor, *, backend: str | None = None) -> Non
     """
     _checks.tensor("rows", rows, ("B", "N", "C"), dtype=_checks.FLOATS)
     values, scale, forecast = checked("cache", cache, rows)
-    backend = _resolve(backend, rows.device, "store_rows", forecast is not None)
+    backend = resolve(backend, rows.device, op="store_rows")
     if forecast is not None:
         _, slopes, distance, computed = forecast
         _library.store_rows(values, None, slopes, distance, computed, rows, backend)
@@ -730,7 +723,7 @@ def read_rows(
         shape = (values.shape[0], "k")
         _checks.tensor("index", index, shape, dtype=torch.int64, device=values.device)
     slopes, distance = _read_by(forecast)
-    backend = resolve(backend, values.device, _FORECAST_BODIES, "read_rows")
+    backend = resolve(backend, values.device, op="read_rows")
     return _library.read_rows(values, index, scale, slopes, distance, dtype, backend)
 
 

@@ -1,12 +1,13 @@
 // gather_modulate: residual + LayerNorm/RMSNorm + modulation of the selected rows.
 //
-// Fused: gather, x + gate * cache (which may be held in 8 bits), mean and variance, affine,
-// modulation.  A row is the work of some warps and stays in their registers between its passes;
-// narrow rows share a CTA.  Limited by latency for few rows (a load, two sums over the row, a
-// store), else by memory: one read of the rows of x and of the cache, one write.
+// Fused: gather, x + gate * cache (which may be held in 8 bits, or extrapolated), mean and
+// variance, affine, modulation.  A row is the work of some warps and stays in their registers
+// between its passes; narrow rows share a CTA.  Limited by latency for few rows (a load, two sums
+// over the row, a store), else by memory: one read of the rows of x and of the cache, one write.
 //
 // x and the cache are read again by the block's scatter_residual, so no load is a streaming one.
 #include "eight_bit.cuh"
+#include "forecast.cuh"
 
 namespace toca::cuda {
 namespace {
@@ -16,6 +17,8 @@ constexpr int kValues = 16;        // of a row that a thread holds
 constexpr int kMostThreads = 768;  // of a row; more would leave a thread too few registers
 constexpr int kMaxChannels = kValues * kMostThreads;
 constexpr int kThreads = 128;  // of a CTA whose rows need fewer
+
+enum class Cached { kPlain, kEightBit, kForecast };
 
 // A row of this CTA: blockDim.x threads, at threadIdx.y.
 struct Row {
@@ -52,7 +55,7 @@ __device__ int channel(int i) {
 }
 
 // The thread's part of x + gate * cache.
-template <class T, int kVec, bool kEightBit>
+template <class T, int kVec, Cached kCached>
 __device__ void load_row(const GatherModulate& p, const Row& row, float (*value)[kVec]) {
   constexpr int kPacks = kValues / kVec;
   const int C = int(p.C);
@@ -72,12 +75,16 @@ __device__ void load_row(const GatherModulate& p, const Row& row, float (*value)
     const int c = channel<kVec>(i);
     if (c >= C) continue;
     float cached[kVec];
-    if (kEightBit) {
+    if (kCached == Cached::kEightBit) {
       load_scaled<kVec>(p.cache, p.cache_scale, p.cache_dtype, token, first + c, cached);
     } else {
       const auto pack = load<kVec>(static_cast<const T*>(p.cache) + first + c);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) cached[j] = to_float(pack.value[j]);
+    }
+    if (kCached == Cached::kForecast) {
+      const auto slopes = load_around<kVec, T>(p.forecast, p.cache, first + c, false);
+      extrapolate(p.forecast, p.forecast.distance[token], slopes, cached);
     }
     if (gates) {
       const auto gate = load<kVec>(gates + c);
@@ -112,14 +119,14 @@ __device__ Pack<T, kVec> modulated(const GatherModulate& p, const Row& row, int 
   return out;
 }
 
-template <class T, int kVec, bool kEightBit>
+template <class T, int kVec, Cached kCached>
 __global__ void __launch_bounds__(kMostThreads, 1) gather_modulate_kernel(GatherModulate p) {
   constexpr int kPacks = kValues / kVec;
   __shared__ float of_warp[2][kWarp];
   const Row row = row_of_thread(p);
   const int C = int(p.C);
   float value[kPacks][kVec] = {};
-  if (row.inside) load_row<T, kVec, kEightBit>(p, row, value);
+  if (row.inside) load_row<T, kVec, kCached>(p, row, value);
 
   // Every thread of the CTA takes part in the sums, whether it has a row or not.
   float mean = 0.f, squares = 0.f;
@@ -165,7 +172,7 @@ bool in_vectors(const GatherModulate& p) {
   constexpr int kVec = 16 / sizeof(T);
   return p.C % kVec == 0 && fits(p.x, 16) && fits(p.out, 16) && fits(p.weight, 16) &&
          fits(p.bias, 16) && fits(p.cache, p.cache_scale ? kVec : 16) && fits(p.shift, 16, kVec) &&
-         fits(p.scale, 16, kVec) && fits(p.gate, 16, kVec);
+         fits(p.scale, 16, kVec) && fits(p.gate, 16, kVec) && fits(p.forecast, 16);
 }
 
 template <class T, int kVec>
@@ -176,8 +183,9 @@ void run(const GatherModulate& p, const Stream& stream) {
   const Shape shape{dim3(unsigned(div_up(p.B * p.k, int64_t(rows)))),
                     dim3(unsigned(threads), unsigned(rows))};
   launch(kOp, stream, shape,
-         p.cache_scale ? gather_modulate_kernel<T, kVec, true>
-                       : gather_modulate_kernel<T, kVec, false>,
+         p.cache_scale       ? gather_modulate_kernel<T, kVec, Cached::kEightBit>
+         : p.forecast.slopes ? gather_modulate_kernel<T, kVec, Cached::kForecast>
+                             : gather_modulate_kernel<T, kVec, Cached::kPlain>,
          p);
 }
 

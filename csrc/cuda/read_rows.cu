@@ -22,7 +22,8 @@ __device__ Pack<T, kVec> read_pack(const ReadRows& p, int64_t row, int c) {
     if (!p.forecast.order) return pack;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) value[i] = to_float(pack.value[i]);
-    extrapolate<kVec, T>(p.forecast, p.forecast.distance[row], at, value);
+    const auto slopes = load_around<kVec, T>(p.forecast, p.cache, at, false);
+    extrapolate(p.forecast, p.forecast.distance[row], slopes, value);
   }
   Pack<T, kVec> out;
 #pragma unroll
@@ -51,9 +52,8 @@ __global__ void __launch_bounds__(kThreads, 1) read_rows_kernel(ReadRows p) {
 template <class T>
 bool in_vectors(const ReadRows& p) {
   constexpr int kVec = 16 / sizeof(T);
-  bool fit = p.C % kVec == 0 && fits(p.out, 16) && fits(p.cache, p.cache_scale ? kVec : 16);
-  for (int s = 0; s < p.forecast.order; ++s) fit = fit && fits(p.forecast.slope[s], 16);
-  return fit;
+  return p.C % kVec == 0 && fits(p.out, 16) && fits(p.cache, p.cache_scale ? kVec : 16) &&
+         fits(p.forecast, 16);
 }
 
 template <class T, int kVec>

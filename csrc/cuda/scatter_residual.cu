@@ -6,9 +6,13 @@
 // cache or its fresh row, one write of x and of the fresh rows.  A cache is not read again before
 // the next step, so its loads and stores leave the L2 to x.
 //
+// A cache that is extrapolated gets the differences of a fresh row; any other row is extrapolated
+// where it is added.
+//
 // 8-bit caches need the largest magnitude of a fresh row first: there a row is a warp's work, and
 // reads its fresh rows a second time, from L1.
 #include "eight_bit.cuh"
+#include "forecast.cuh"
 
 namespace toca::cuda {
 namespace {
@@ -89,6 +93,71 @@ __device__ void add_pack(const ScatterResidual& p, const Token& token, int c) {
   store(static_cast<T*>(p.out) + at, out);
 }
 
+// The same where some caches are extrapolated.
+template <class T, int kVec, int kMost>
+__device__ void add_forecast_pack(const ScatterResidual& p, const Token& token, int c) {
+  const int64_t at = token.row * p.C + c;
+  int64_t slot[kMost];
+#pragma unroll
+  for (int u = 0; u < kMost; ++u)
+    if (u < p.updates) slot[u] = slot_of(p.update[u], token);
+
+  const auto x = load<kVec>(static_cast<const T*>(p.x) + at);
+  Pack<T, kVec> value[kMost], gate[kMost];
+  Around<T, kVec> around[kMost];
+#pragma unroll
+  for (int u = 0; u < kMost; ++u) {
+    if (u >= p.updates) continue;
+    const ResidualUpdate& update = p.update[u];
+    const T* source = slot[u] >= 0 ? fresh_row<T>(update, token, slot[u], p.C) + c
+                                   : static_cast<const T*>(update.cache) + at;
+    value[u] = load_once<kVec>(source);
+    if (update.forecast.slopes)
+      around[u] = load_around<kVec, T>(update.forecast, update.cache, at, slot[u] >= 0);
+    if (const T* gates = gate_row<T>(update, token)) gate[u] = load<kVec>(gates + c);
+  }
+
+  float total[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) total[i] = to_float(x.value[i]);
+#pragma unroll
+  for (int u = 0; u < kMost; ++u) {
+    if (u >= p.updates) continue;
+    const ResidualUpdate& update = p.update[u];
+    const Forecast& forecast = update.forecast;
+    float cached[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) cached[i] = to_float(value[u].value[i]);
+    if (forecast.slopes) {
+      const float d = forecast.distance[token.row];
+      if (slot[u] >= 0)
+        store_forecast(forecast, d, around[u], value[u], update.cache, at);
+      else
+        extrapolate(forecast, d, around[u], cached);
+    } else if (slot[u] >= 0) {
+      store_once(static_cast<T*>(update.cache) + at, value[u]);
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      total[i] += update.gate.data ? to_float(gate[u].value[i]) * cached[i] : cached[i];
+  }
+  Pack<T, kVec> out;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) out.value[i] = from_float<T>(total[i]);
+  store(static_cast<T*>(p.out) + at, out);
+}
+
+template <class T, int kVec, int kMost>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    scatter_forecast_kernel(ScatterResidual p, int rows_of_cta) {
+  const int packs = int(p.C / kVec), first = blockIdx.x * rows_of_cta;
+  const int rows = min(rows_of_cta, int(p.B * p.N) - first);
+  for (int i = threadIdx.x; i < rows * packs; i += blockDim.x) {
+    const int row = i / packs;
+    add_forecast_pack<T, kVec, kMost>(p, token_of(p, first + row), (i - row * packs) * kVec);
+  }
+}
+
 template <class T, int kVec, int kMost>
 __global__ void __launch_bounds__(kMostThreads, 1)
     scatter_residual_kernel(ScatterResidual p, int rows_of_cta) {
@@ -100,6 +169,18 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
 }
 
+bool has_forecast(const ScatterResidual& p) {
+  for (int u = 0; u < p.updates; ++u)
+    if (p.update[u].forecast.slopes) return true;
+  return false;
+}
+
+template <class T, int kVec, int kMost>
+auto kernel_for(const ScatterResidual& p) {
+  return has_forecast(p) ? scatter_forecast_kernel<T, kVec, kMost>
+                         : scatter_residual_kernel<T, kVec, kMost>;
+}
+
 template <class T, int kVec>
 void run(const ScatterResidual& p, const Stream& stream) {
   const int packs = int(p.C / kVec), rows = packs < kThreads ? kThreads / packs : 1;
@@ -107,8 +188,8 @@ void run(const ScatterResidual& p, const Stream& stream) {
   const Shape shape{dim3(unsigned(div_up(p.B * p.N, int64_t(rows)))),
                     dim3(unsigned(threads < kMostThreads ? threads : kMostThreads))};
   launch(kOp, stream, shape,
-         p.updates <= kFewUpdates ? scatter_residual_kernel<T, kVec, kFewUpdates>
-                                  : scatter_residual_kernel<T, kVec, kMaxUpdates>,
+         p.updates <= kFewUpdates ? kernel_for<T, kVec, kFewUpdates>(p)
+                                  : kernel_for<T, kVec, kMaxUpdates>(p),
          p, rows);
 }
 
@@ -202,7 +283,7 @@ bool in_vectors(const ScatterResidual& p) {
   for (int u = 0; u < p.updates; ++u) {
     const ResidualUpdate& update = p.update[u];
     fit = fit && fits(update.cache, update.cache_scale ? kVec : 16) && fits(update.fresh, 16) &&
-          fits(update.gate, 16, kVec);
+          fits(update.gate, 16, kVec) && fits(update.forecast, 16);
   }
   return fit;
 }

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import triton as kernels
+from ..features import ForecastCache
 from ..ops import MAX_EXPONENT
 from .shapes import SHAPES, Shape, add_arguments, from_arguments
 
@@ -65,6 +66,8 @@ def calls(shape: Shape) -> dict[str, Callable[[], Any]]:
     side = int(N**0.5)
     grid = (1, side, side) if shape.cell > 1 else (1, 1, N)
     eight_bit, row_scale = new(B, N, C, dtype=torch.int8), new(B, N, dtype=torch.float32)
+    distance = new(B, N, dtype=torch.float32)
+    forecast = ForecastCache(cache, (cache,), distance, 2)
     lse = new(B, H, N, dtype=torch.float32)
     keys = shape.text or N
     mask = new(B, keys, dtype=torch.bool) if shape.text else None
@@ -98,6 +101,21 @@ def calls(shape: Shape) -> dict[str, Callable[[], Any]]:
             [row_scale, row_scale],
         ),
         "store_rows": lambda: kernels.store_rows(eight_bit, row_scale, x),
+        "gather_modulate_forecast": lambda: kernels.gather_modulate(
+            x, index, shift, scale, gate, cache, None, None, "layer", 1e-6, None, (cache,), distance
+        ),
+        "scatter_residual_forecast": lambda: kernels.scatter_residual(
+            x,
+            [gate, gate],
+            [cache, cache],
+            [None, fresh],
+            [None, inverse],
+            new(B, N, C),
+            None,
+            [forecast, forecast],
+        ),
+        "store_rows_forecast": lambda: kernels.store_rows(cache, None, x, forecast),
+        "read_rows": lambda: kernels.read_rows(cache, index, None, (cache,), distance, shape.dtype),
         "partial_attention": lambda: kernels.partial_attention(
             heads(k), heads(keys), heads(keys), 0.1, mask
         ),

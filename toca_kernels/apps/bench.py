@@ -63,6 +63,7 @@ def bodies(op: str, device: torch.device) -> list[str]:
 def _has_body(op: str, backend: str, device: torch.device) -> bool:
     if op == "partial_mlp":  # composed of other ops
         return True
+    op = op.removesuffix("_forecast")  # with other caches
     if backend == "native" and device.type == "cuda":
         return native_on_cuda(op)
     return hasattr(importlib.import_module(f"..{backend}", __package__), op)

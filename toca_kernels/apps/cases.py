@@ -23,8 +23,8 @@ class Case:
     """One op on tensors of one shape.
 
     Attributes:
-        call: (backend, tensor that the op writes to) -> result; can be repeated.
-        written: the tensor that the op writes to, where it writes to one.
+        call: (backend, what the op writes to) -> result; can be repeated.
+        written: what the op writes to, where it writes to something.
         plain: the same in plain PyTorch without a dispatcher: what torch.compile is given.
         work: bytes and FLOPs.
         peers: name -> call of a library, or the way of published code.
@@ -33,10 +33,10 @@ class Case:
         eager_only: runs that a CUDA graph cannot hold, since they copy from the host.
     """
 
-    call: Callable[[str, Tensor | None], Any]
+    call: Callable[[str, Any], Any]
     plain: Callable[[], Any]
     work: Work
-    written: Tensor | None = None
+    written: Tensor | ops.ForecastCache | None = None
     peers: Runs = field(default_factory=dict)
     adds_to: str | None = None
     memory_of: str | None = None
@@ -44,7 +44,7 @@ class Case:
 
     def result(self, backend: str) -> list[Tensor]:
         """Everything that a call returns or writes; inputs stay as they are."""
-        copy = None if self.written is None else self.written.clone()
+        copy = _copy(self.written)
         return [*_tensors(self.call(backend, copy)), *_tensors(copy)]
 
     def run(self, backend: str) -> Callable[[], Any]:
@@ -57,6 +57,13 @@ def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in _tensors(item)]
     return [value] if isinstance(value, Tensor) else []
+
+
+def _copy(written: Tensor | ops.ForecastCache | None) -> Tensor | ops.ForecastCache | None:
+    if isinstance(written, ops.ForecastCache):
+        slopes = tuple(slope.clone() for slope in written.slopes)
+        return written._replace(values=written.values.clone(), slopes=slopes)
+    return None if written is None else written.clone()
 
 
 class Inputs:
@@ -72,6 +79,11 @@ class Inputs:
 
     def tokens(self) -> Tensor:
         return self.new(self.shape.B, self.shape.N, self.shape.C)
+
+    def forecast(self) -> ops.ForecastCache:
+        """A cache with one slope, of tokens that were computed three steps ago."""
+        steps = torch.full((self.shape.B, self.shape.N), 3.0, device=self.device)
+        return ops.ForecastCache(self.tokens(), (self.tokens(),), steps, 2)
 
     def heads(self, tokens: int, parts: int) -> tuple[Tensor, ...]:
         """`parts` tensors (B, H, tokens, D), cut out of one projection as models do."""
@@ -286,6 +298,35 @@ def _scatter_residual(inputs: Inputs) -> Case:
     )
 
 
+def _scatter_residual_forecast(inputs: Inputs) -> Case:
+    """The same with caches that are extrapolated by one slope."""
+    s = inputs.shape
+    x = inputs.tokens()
+    attn, mlp = (inputs.forecast() for _ in range(2))
+    fresh = inputs.new(s.B, s.k, s.C)
+    _, inverse = inputs.selection()
+    _, _, gate_a, _, _, gate_m = inputs.modulation()
+
+    def call(backend: str, cache: ops.ForecastCache | None) -> Tensor:
+        updates: list[ops.Update] = [(gate_a, attn), (gate_m, cache or mlp, fresh, inverse)]
+        return ops.scatter_residual(x, updates, backend=backend)
+
+    def plain() -> Tensor:
+        out = torch.empty_like(x)
+        caches, forecasts = [attn.values, mlp.values], [attn, mlp]
+        reference.scatter_residual(
+            x, [gate_a, gate_m], caches, [None, fresh], [None, inverse], out, None, forecasts
+        )
+        return out
+
+    return Case(
+        call=call,
+        written=mlp,
+        plain=plain,
+        work=work(s)["scatter_residual_forecast"],
+    )
+
+
 def _partial_mlp(inputs: Inputs) -> Case:
     """gather_modulate, mlp_rows and scatter_residual: all of a DiT block's cached step."""
     s = inputs.shape
@@ -335,5 +376,6 @@ CASES: dict[str, Callable[[Inputs], Case | None]] = {
     "gather_modulate": _gather_modulate,
     "mlp_rows": _mlp_rows,
     "scatter_residual": _scatter_residual,
+    "scatter_residual_forecast": _scatter_residual_forecast,
     "partial_mlp": _partial_mlp,
 }

@@ -67,6 +67,8 @@ def work(shape: Shape) -> dict[str, Work]:
         "gather_modulate": Work(3 * B * C * (k + 1) * e + 8 * B * k),
         "mlp_rows": Work((2 * B * k * C + 8 * C * C + 5 * C) * e, 16 * B * k * C * C),
         "scatter_residual": Work(B * C * (4 * N + k + 2) * e + 4 * B * N),
+        # Of both caches the slopes and distances; of the fresh rows what was there before, too.
+        "scatter_residual_forecast": Work(B * C * (6 * N + 2 * k + 2) * e + 12 * B * N),
         "attention_scores": Work(
             2 * B * N * C * e + 4 * B * N * (H + 1), 2 * B * N * N * C, B * H * N * N, True
         ),

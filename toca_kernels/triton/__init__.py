@@ -9,6 +9,7 @@ from .attention_scores import attention_scores
 from .gather_modulate import gather_modulate
 from .mlp_rows import mlp_rows
 from .partial_attention import partial_attention
+from .read_rows import read_rows
 from .scatter_residual import scatter_residual
 from .scored_attention import scored_attention
 from .select_tokens import select_tokens
@@ -22,6 +23,7 @@ __all__ = [
     "gather_modulate",
     "mlp_rows",
     "partial_attention",
+    "read_rows",
     "recording",
     "scatter_residual",
     "scored_attention",

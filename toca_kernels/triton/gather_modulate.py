@@ -1,12 +1,14 @@
 """gather_modulate: residual + LayerNorm/RMSNorm + modulation of the selected rows.
 
-Fused: gather, x + gate * cache (which may be held in 8 bits), mean and variance, affine,
-modulation; one read of the k rows, one write.  One program is one row, held in registers from its
-load to its store.  Limited by latency for the few rows of a cached step, by memory bandwidth for
-all tokens.
+Fused: gather, x + gate * cache (which may be held in 8 bits, or extrapolated), mean and variance,
+affine, modulation; one read of the k rows, one write.  One program is one row, held in registers
+from its load to its store.  Limited by latency for the few rows of a cached step, by memory
+bandwidth for all tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from . import configs
 from ._eight_bit import as_bytes, dequantized
+from ._forecast import extrapolated, two_slopes
 from ._launch import launch, row_strides
 
 
@@ -27,6 +30,9 @@ def _gather_modulate_kernel(
     gate_ptr,
     cache_ptr,
     cache_scale_ptr,
+    slope1_ptr,
+    slope2_ptr,
+    distance_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
@@ -60,6 +66,9 @@ def _gather_modulate_kernel(
             cache = cache.to(tl.float32)
         else:
             cache = dequantized(cache, tl.load(cache_scale_ptr + b * N + n))
+        if distance_ptr is not None:
+            d = tl.load(distance_ptr + b * N + n)
+            cache = extrapolated(cache, slope1_ptr, slope2_ptr, d, at + cols, inside)
         if gate_ptr is not None:
             gate = gate_ptr + b * stride_gate_b + n * stride_gate_n
             cache *= tl.load(gate + cols, mask=inside, other=0.0).to(tl.float32)
@@ -90,6 +99,8 @@ def gather_modulate(
     norm: str,
     eps: float,
     cache_scale: Tensor | None = None,
+    slopes: Sequence[Tensor] = (),
+    distance: Tensor | None = None,
 ) -> Tensor:
     B, N, C = x.shape
     k = N if index is None else index.shape[1]
@@ -106,6 +117,8 @@ def gather_modulate(
         gate,
         None if cache is None else as_bytes(cache),
         cache_scale,
+        *two_slopes(slopes),
+        distance,
         weight,
         bias,
         out,

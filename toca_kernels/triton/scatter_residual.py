@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..features import ForecastCache
 from . import configs
 from ._eight_bit import as_bytes, dequantized, quantized
-from ._launch import launch, row_strides
+from ._launch import launch
+from ._scatter import MAX_UPDATES, fresh_arguments, gated, tile_of_program
+from .scatter_forecast import scatter_forecast
 
-_MAX_UPDATES = 4
 _NO_UPDATE: tuple[Any, ...] = (None,) * 8
 
 
@@ -74,15 +76,7 @@ def _add_update(
             values, scale = quantized(fresh.to(tl.float32), cache_ptr.dtype.element_ty)
             tl.store(cache_ptr + at, values, mask=moved)
             tl.store(scale_ptr + b * N + token, scale, mask=is_fresh)
-    if gate_ptr is not None:
-        gate_ptr += b * stride_gate_b
-        if stride_gate_n is None:
-            gate = tl.load(gate_ptr + cols, mask=cols < C, other=0.0)[None, :]
-        else:
-            gate_row = gate_ptr + token[:, None] * stride_gate_n + cols[None, :]
-            gate = tl.load(gate_row, mask=inside, other=0.0)
-        value *= gate.to(tl.float32)
-    return total + value
+    return total + gated(value, gate_ptr, stride_gate_b, stride_gate_n, b, token, cols, inside, C)
 
 
 @triton.jit
@@ -126,12 +120,7 @@ def _scatter_residual_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    channel_tiles = tl.cdiv(C, BLOCK_C)
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    b = program // (token_tiles * channel_tiles)
-    token = (program // channel_tiles) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = (program % channel_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, token, cols = tile_of_program(N, C, BLOCK_N, BLOCK_C)
     valid = token < N
 
     at = (b * N + token)[:, None] * C + cols[None, :]
@@ -167,14 +156,7 @@ def _update(
     inverse: Tensor | None,
 ) -> tuple[Any, ...]:
     """The eight arguments of one update; None where there is nothing."""
-    stride_b, stride_n = (None, None) if gate is None else row_strides(gate)
-    per_token = gate is not None and gate.ndim == 3
-    if fresh is None or fresh.shape[1] == 0:
-        fresh, inverse, k = None, None, None
-    else:
-        k = fresh.shape[1]
-    stride_n = stride_n if per_token else None
-    return gate, as_bytes(cache), scale, fresh, inverse, stride_b, stride_n, k
+    return gate, as_bytes(cache), scale, *fresh_arguments(gate, fresh, inverse)
 
 
 def scatter_residual(
@@ -185,9 +167,13 @@ def scatter_residual(
     inverse: Sequence[Tensor | None],
     out: Tensor,
     scales: Sequence[Tensor | None] | None = None,
+    forecasts: Sequence[ForecastCache | None] | None = None,
 ) -> None:
     B, N, C = x.shape
     if x.numel() == 0:
+        return
+    if forecasts is not None:  # a kernel of its own: its arguments would slow every launch down
+        scatter_forecast(x, gates, caches, fresh, inverse, out, forecasts)
         return
     scales = scales or [None] * len(caches)
     rounds = any(
@@ -199,7 +185,7 @@ def scatter_residual(
     updates = [
         _update(*update) for update in zip(gates, caches, scales, fresh, inverse, strict=True)
     ]
-    updates += [_NO_UPDATE] * (_MAX_UPDATES - len(updates))
+    updates += [_NO_UPDATE] * (MAX_UPDATES - len(updates))
     launch(
         _scatter_residual_kernel,
         B * triton.cdiv(N, tile["BLOCK_N"]) * triton.cdiv(C, tile["BLOCK_C"]),

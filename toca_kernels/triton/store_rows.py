@@ -1,7 +1,8 @@
-"""store_rows: the rows of a full step into an 8-bit cache.
+"""store_rows: the rows of a full step into an 8-bit cache, or one that is extrapolated.
 
-Fused: the largest magnitude of a row, its scale, rounding.  One program is one row, held in
-registers from its load to its store.  Limited by memory bandwidth: one read, one write.
+Fused: the largest magnitude of a row, its scale, rounding; or its differences and the copy.  One
+program is one row, held in registers from its load to its store.  Limited by memory bandwidth: one
+read, one write.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..features import ForecastCache
 from . import configs
 from ._eight_bit import as_bytes, quantized
+from ._forecast import store_differences, two_slopes
 from ._launch import launch
 
 
@@ -26,9 +29,39 @@ def _store_rows_kernel(rows_ptr, values_ptr, scale_ptr, C, BLOCK_C: tl.constexpr
     tl.store(scale_ptr + row + tl.arange(0, 1), scale)
 
 
-def store_rows(values: Tensor, scale: Tensor, rows: Tensor) -> None:
+@triton.jit
+def _store_forecast_kernel(
+    rows_ptr,
+    values_ptr,
+    slope1_ptr,
+    slope2_ptr,
+    distance_ptr,
+    C,
+    COMPUTED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C)
+    inside = cols < C
+    at = row * C + cols
+    value = tl.load(rows_ptr + at, mask=inside, other=0.0)
+    d = tl.load(distance_ptr + row)
+    store_differences(
+        value.to(tl.float32), values_ptr, slope1_ptr, slope2_ptr, d, at, inside, COMPUTED
+    )
+    tl.store(values_ptr + at, value, mask=inside)
+
+
+def store_rows(
+    values: Tensor, scale: Tensor | None, rows: Tensor, forecast: ForecastCache | None = None
+) -> None:
     B, N, C = rows.shape
     if B * N == 0:
         return
     tile = configs.gather_modulate(C)  # one program for each row there, too
+    if forecast is not None:
+        _, slopes, distance, computed = forecast
+        given = rows, values, *two_slopes(slopes), distance, C
+        launch(_store_forecast_kernel, B * N, *given, COMPUTED=computed, **tile)
+        return
     launch(_store_rows_kernel, B * N, rows, as_bytes(values), scale, C, **tile)
