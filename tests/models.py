@@ -222,7 +222,8 @@ class Kept:
     def read(self, step: int) -> Tensor:
         passed = (step - self.step)[:, :, None]
         out = self.value
-        for power in range(1, min(self.order, self.computed - 1) + 1):
+        known = self.order if self.computed > 1 else min(self.order, 2 - self.order)
+        for power in range(1, known + 1):
             out = out + passed**power / power * self.slopes[power - 1]
         return out
 

@@ -280,7 +280,9 @@ class Branch:
             (state.selector, state.changes, *(state.valid.values() if state.changes else ()))
             for state in states
         )
-        computed = tuple(tuple(track.computed) for track in self.cache.tracks.values())
+        computed = tuple(
+            tuple(track.computed) for track in self.cache.tracks.values() if track.forecast
+        )
         return id(self.cache), decided, scores, computed, states[0].modulation is None
 
     # --- the step -------------------------------------------------------------------------------

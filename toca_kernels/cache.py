@@ -48,7 +48,7 @@ class Track:
         rows: rows of a selection per layer: B, or B / 2 where guidance halves share theirs.
         forecast: order of the expansion that is read; 0 reads what is cached as it is.
         distance: (layers, B, N), float32; of a forecast, age + 1 at the start of the step.
-        computed: how many times each layer ran in full, as far as a forecast asks.
+        computed: how many times each layer ran in full, as far as a forecast asks: 0, 1 or more.
     """
 
     def __init__(
@@ -126,7 +126,11 @@ class Track:
         features = self.features[layer]
         assert features is not None
         if isinstance(features, ForecastCache):
-            return features._replace(computed=self.computed[layer])
+            # A slope that is not known yet is zero, so few kinds of steps are told apart; only
+            # a second slope must not be taken from a single first one.
+            known = self.computed[layer]
+            every = known > 1 or (known == 1 and self.forecast == 1)
+            return features._replace(computed=self.forecast + 1 if every else known)
         return features
 
     @property
@@ -174,9 +178,8 @@ class Track:
     def ran(self, full: Sequence[bool]) -> None:
         """After a step."""
         self.valid = [was or now for was, now in zip(self.valid, full, strict=True)]
-        most = self.forecast + 1  # more is not told apart
         counts = zip(self.computed, full, strict=True)
-        self.computed = [min(count + now, most) for count, now in counts]
+        self.computed = [min(count + now, 2) for count, now in counts]
 
     def invalidate(self) -> None:
         """What is cached may not be read."""
