@@ -37,8 +37,22 @@ def unhooked(module: nn.Module, ours: Callable[..., Any] | None = None) -> bool:
 
 
 def plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the module is exactly x @ weight.T + bias."""
-    return type(module) is nn.Linear and unhooked(module) and module.weight.dtype in _DTYPES
+    """Whether the module is exactly x @ weight.T + bias, and these may be read and sliced."""
+    return (
+        type(module) is nn.Linear
+        and unhooked(module)
+        and module.weight.dtype in _DTYPES
+        and dense(module.weight, module.bias)
+    )
+
+
+def dense(*tensors: Tensor | None) -> bool:
+    """Whether the memory of tensors holds their values; not that of a quantised or sharded one.
+
+    torchao leaves an nn.Linear as it is and gives it a subclass of Tensor as its weight, which has
+    a dtype and a shape like any other but answers to few functions.
+    """
+    return all(one is None or type(one) in (Tensor, nn.Parameter) for one in tensors)
 
 
 def activation_of(module: nn.Module) -> str | None:

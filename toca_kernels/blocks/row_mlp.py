@@ -145,9 +145,12 @@ class RowMLP:
 
     def _readable(self, x: Tensor) -> bool:
         """Whether the MLP's weights may be read: plain linears, and no autocast to obey."""
+        if self._linears is None:
+            return False
+        weights = [one.weight for one in self._linears[:2]]
         return (
-            self._linears is not None
-            and self._linears[0].weight.dtype == x.dtype
+            weights[0].dtype == x.dtype
+            and linear.dense(*weights)  # they may have been quantised in place since the run began
             and not torch.is_autocast_enabled(x.device.type)
         )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import diffusers, facebook_dit, flux, opensora, pixart, transformers
+from . import diffusers_blocks, diffusers_dit, facebook_dit, flux, opensora, pixart
 from .adapter import Adapter
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     facebook_dit.FacebookDiT,
-    diffusers.DiffusersDiT,
-    transformers.DiffusersTransformer,
+    diffusers_dit.DiffusersDiT,
+    diffusers_blocks.DiffusersTransformer,
     pixart.PixArt,
     opensora.STDiT,
     opensora.STDiT3,

@@ -7,6 +7,7 @@ activations, modulation and the text's keys and values are not counted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -43,9 +44,9 @@ def _per_row(tap: Tap, done: Plan, apart: set[int]) -> dict[str, int]:
         [tap.decides] if tap.cached == "rows_in" else []
     )
     weights = sum(
-        m.weight.numel()
-        for m in tap.module.modules()
-        if isinstance(m, nn.Linear) and (m is tap.module or id(m) not in apart)
+        m.in_features * m.out_features
+        for m in _linears(tap.module)
+        if m is tap.module or id(m) not in apart
     )
     cost = {name: 2 * weights // len(names) for name in names}
     for name in names:
@@ -57,4 +58,17 @@ def _per_row(tap: Tap, done: Plan, apart: set[int]) -> dict[str, int]:
 
 def _width(attn: nn.Module) -> int:
     """C, the width of an attention's queries."""
-    return max((m.in_features for m in attn.modules() if isinstance(m, nn.Linear)), default=0)
+    return max((m.in_features for m in _linears(attn)), default=0)
+
+
+def _linears(module: nn.Module) -> list[Any]:
+    """The linears of a module, of whatever class: quantised ones need not be an nn.Linear, and
+    their weights may have any shape.  Of a linear in another (LoRA) only the inner one counts."""
+    sized = [
+        m
+        for m in module.modules()
+        if isinstance(getattr(m, "in_features", None), int)
+        and isinstance(getattr(m, "out_features", None), int)
+    ]
+    outer = {id(m) for m in sized if sum(inner in sized for inner in m.modules()) > 1}
+    return [m for m in sized if id(m) not in outer]

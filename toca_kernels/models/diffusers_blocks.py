@@ -1,4 +1,4 @@
-"""diffusers' text-to-image and text-to-video transformers, served through taps.
+"""diffusers' text-to-image and text-to-video transformers but DiT, by the classes of their blocks.
 
 `KINDS` says for each class of block which modules it calls, what their outputs are and in which
 order an attention has its keys.  All else (norms, modulation, gates, masks, rotary embeddings) is
