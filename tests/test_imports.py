@@ -22,6 +22,7 @@ LAYERS = [
     ["graphs"],
     ["run"],
     ["branch"],
+    ["chooser", "modulation"],
     ["done"],
     ["models"],
     ["blocks"],

@@ -277,7 +277,7 @@ class Run:
             position = self.ticks  # of a second model, which takes over in the middle of a run
         branch = Branch(self, position, first)
         if peers and self.config.share_cfg_selection:
-            branch.follow(next(iter(peers.values())))
+            branch.chooser.follow(next(iter(peers.values())).chooser)
         self.branches = {**peers, key: branch}
         return branch
 
