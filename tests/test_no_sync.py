@@ -38,7 +38,6 @@ EXCEPTIONS = {
     ("run.py", "_open"): "Python's own numbers",
     ("cache.py", "drifted"): "the first block's drift, once a step and only with a gate",
     ("blocks/block.py", "added"): "which stream is which, with a gate and streams of one length",
-    ("chooser.py", "shares"): "Python's own lists",
 }
 
 
