@@ -292,7 +292,7 @@ def _write(
     stored.save_json(
         args.out / "results.json",
         {
-            "command": timing._command(),
+            "command": timing.command(),
             "machine": timing.machine(source.device),
             "target": source.target,
             "arguments": dict(source.arguments),
