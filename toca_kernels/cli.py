@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from . import __version__
 from ._backends import backends
-from .apps import bench, check
+from .apps import bench, check, report, sample
+from .apps import eval as evaluation
 from .config import ToCaConfig
 from .flops import BlockShape
 
@@ -55,6 +56,18 @@ def _parser() -> _Parser:
     checking = commands.add_parser("check", help="is a model safe to cache: errors and times")
     check.add_arguments(checking)
     checking.set_defaults(command=check.run)
+
+    sampling = commands.add_parser("sample", help="draw many samples, resumable, also by torchrun")
+    sample.add_arguments(sampling)
+    sampling.set_defaults(command=sample.run)
+
+    evaluating = commands.add_parser("eval", help="quality and speed of a list of settings")
+    evaluation.add_arguments(evaluating)
+    evaluating.set_defaults(command=evaluation.run)
+
+    reporting = commands.add_parser("report", help="one HTML page of what a run did")
+    report.add_arguments(reporting)
+    reporting.set_defaults(command=report.run)
 
     commands.add_parser("aot", help="compile the Triton kernels for GPUs that need not be here")
 

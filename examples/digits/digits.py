@@ -112,26 +112,33 @@ def sample(
     num_steps: int = 50,
     guidance: float = GUIDANCE,
     seed: int = 0,
+    noise: Tensor | None = None,
     progress: bool = True,
     desc: str = "sampling",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Draws one digit per label with DDIM and classifier-free guidance; (B, 1, 32, 32).
 
+    It starts from `noise` of that shape, on the labels' device; None draws it from the seed.
     on_step(step, x) is called with the noisy image that each step leaves.
     """
     ddim = scheduler()
     ddim.set_timesteps(num_steps)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    classes = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
+    if noise is None:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    x = noise.to(labels.device)
+    guided = guidance != 1
+    classes = torch.cat([labels, torch.full_like(labels, NULL_CLASS)]) if guided else labels
 
     for step, t in enumerate(tqdm(ddim.timesteps, desc=desc, disable=not progress)):
         # One forward for both halves of the guidance: [conditional, unconditional].
-        batch = torch.cat([x, x]).to(model.dtype)
-        output = model(batch, timestep=t.expand(len(batch)), class_labels=classes).sample
-        cond, uncond = output.float().chunk(2)
-        x = ddim.step(uncond + guidance * (cond - uncond), t, x).prev_sample
+        batch = (torch.cat([x, x]) if guided else x).to(model.dtype)
+        output = model(batch, timestep=t.expand(len(batch)), class_labels=classes).sample.float()
+        if guided:
+            cond, uncond = output.chunk(2)
+            output = uncond + guidance * (cond - uncond)
+        x = ddim.step(output, t, x).prev_sample
         if on_step is not None:
             on_step(step, x)
     return x

@@ -213,7 +213,7 @@ def write(
         return
     result = {
         "benchmark": benchmark,
-        "command": _command(),
+        "command": command(),
         "machine": machine,
         "rows": rows,
     }
@@ -221,7 +221,7 @@ def write(
     Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _command() -> str:
+def command() -> str:
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         start = "python -m toca_kernels"

@@ -1,0 +1,104 @@
+"""Drawing the batches of a run: memory that runs out, and progress."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sampling import Request
+
+# What allocators say that raise no error of their own.
+_SAYS_NO_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+class Drawer:
+    """Draws batches, in halves where one does not fit into memory.
+
+    Args:
+        draw: draws these requests.
+        release: frees what the last call left, before a smaller one.
+        batch_size: how many requests at most come at once.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[Sequence[Request]], Tensor],
+        release: Callable[[], None],
+        batch_size: int,
+    ) -> None:
+        self._draw, self._release = draw, release
+        self.limit = batch_size
+
+    def __call__(self, requests: Sequence[Request]) -> tuple[Tensor, list[int]]:
+        """The samples, and how many were drawn at a time.
+
+        Raises:
+            ValueError: there is no memory for a single sample.
+        """
+        rows: list[Tensor] = []
+        while (at := sum(map(len, rows))) < len(requests):
+            part = requests[at : at + self.limit]
+            drawn = self._try(part)
+            if drawn is not None:
+                rows.append(drawn)
+            elif len(part) == 1:
+                raise ValueError("memory: expected enough for a batch of 1, there is not")
+            else:
+                self.limit = (len(part) + 1) // 2
+                print(
+                    f"toca sample: out of memory with {len(part)} samples at once, going on with "
+                    f"{self.limit}",
+                    file=sys.stderr,
+                )
+        return torch.cat(rows), [len(one) for one in rows]
+
+    def _try(self, requests: Sequence[Request]) -> Tensor | None:
+        try:
+            return self._draw(requests)
+        except (torch.OutOfMemoryError, MemoryError):
+            pass
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _SAYS_NO_MEMORY):
+                raise
+        # Only here, where the error that holds the frames, and so their tensors, is gone.
+        self._release()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+class Progress:
+    """Samples done, samples per second and time left, of all processes."""
+
+    def __init__(self, total: int, done: int, *, shown: bool) -> None:
+        self._bar: Any = None
+        if shown:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                raise ValueError("tqdm is missing: pip install tqdm") from None
+            # Into a file a line now and then.
+            every = 0.5 if sys.stderr.isatty() else 10.0
+            self._bar = tqdm(
+                total=total, initial=done, unit="sample", mininterval=every, dynamic_ncols=True
+            )
+
+    def reach(self, done: int) -> None:
+        if self._bar is not None and done > self._bar.n:
+            self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
