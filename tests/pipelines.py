@@ -3,7 +3,7 @@
 `PIPELINES` holds one `TinyPipeline` per family that people run today: what builds it, how it is
 called, and what an adapter must know of it.  Prompts are given as embeddings, so that there is no
 text encoder, and the result is the latents, so that there is no autoencoder (DiTPipeline, which
-always decodes, has a tiny one).
+always decodes, has a tiny one, and so have those in `FROM_IMAGE`, which start from an image).
 """
 
 from __future__ import annotations
@@ -162,11 +162,14 @@ def without_negative(make: Callable[[], dict[str, Any]]) -> Callable[[], dict[st
     return lambda: {name: t for name, t in make().items() if not name.startswith("negative")}
 
 
-def tiny_decoder() -> dict[str, Any]:
-    vae = diffusers().AutoencoderKL(
-        block_out_channels=(4,), norm_num_groups=2, layers_per_block=1, sample_size=16
-    )
-    return {"vae": randomize(vae)}
+def tiny_decoder(**settings: Any) -> dict[str, Any]:
+    stock = {"block_out_channels": (4,), "norm_num_groups": 2, "layers_per_block": 1}
+    return {"vae": randomize(diffusers().AutoencoderKL(sample_size=16, **stock, **settings))}
+
+
+def tiny_video_decoder() -> dict[str, Any]:
+    stock = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return {"vae": randomize(diffusers().AutoencoderKLWan(**stock))}
 
 
 class NoDecoder(nn.Module):
@@ -751,3 +754,32 @@ PIPELINES["qwenimage_padded"] = replace(
     ),
     since=(0, 38),
 )
+
+# With less strength they skip the first of their scheduler's timesteps.
+START = {"image": noise(1, 3, 16, 16, seed=4).sigmoid(), "strength": 1.0}
+FROM_IMAGE: dict[str, TinyPipeline] = {
+    "flux": replace(
+        PIPELINES["flux"],
+        pipeline="FluxImg2ImgPipeline",
+        arguments={**START, "height": 16, "width": 16, "guidance_scale": 3.5},
+        components=functools.partial(tiny_decoder, shift_factor=0.0),
+    ),
+    "sd3": replace(
+        PIPELINES["sd3"],
+        pipeline="StableDiffusion3Img2ImgPipeline",
+        arguments={**START, "height": 16, "width": 16, "guidance_scale": 7.0},
+        components=functools.partial(tiny_decoder, shift_factor=0.0),
+    ),
+    "wan": replace(  # it does not tell its scheduler which timestep comes first
+        PIPELINES["wan"],
+        pipeline="WanVideoToVideoPipeline",
+        arguments={
+            "video": [noise(9, 3, 64, 64, seed=4).sigmoid()],
+            "height": 64,
+            "width": 64,
+            "guidance_scale": 5.0,
+            "strength": 1.0,
+        },
+        components=tiny_video_decoder,
+    ),
+}

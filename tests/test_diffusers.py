@@ -7,7 +7,6 @@ from a pipeline to which the thing was never done.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 
 import pytest
@@ -181,25 +180,6 @@ def test_enable_cache_learns_another_number_of_steps(mixed):
     assert torch.equal(tiny.call(pipe, 4), expected)
 
 
-def test_enable_cache_follows_another_scheduler():
-    tiny, settings = PIPELINES["flux"], config("flux", warmup=2)
-    shifted = {"shift": 2.0, "use_dynamic_shifting": True}
-    first, second = (diffusers.FlowMatchEulerDiscreteScheduler(**shifted) for _ in range(2))
-    pipe = tiny()
-    pipe.scheduler = first
-    with toca.enabled(pipe, settings):
-        expected = tiny.call(pipe, STEPS)
-    pipe = tiny()
-    session = pipe.transformer.enable_cache(settings)
-    tiny.call(pipe, 4)
-    own, pipe.scheduler = pipe.scheduler, second
-    assert torch.equal(tiny.call(pipe, STEPS), expected)
-    assert session.summary().steps == STEPS
-    assert "step" not in vars(own)
-    pipe.transformer.disable_cache()
-    assert "step" not in vars(second)
-
-
 @pytest.mark.parametrize("order", ["forward", "backward"])
 def test_two_transformers_are_disabled_in_any_order(order):
     tiny = PIPELINES["wan22"]
@@ -242,22 +222,6 @@ def test_a_loop_of_ones_own_has_to_say_its_steps():
     model._reset_stateful_cache()  # as a pipeline does at its end
     for (args, kwargs), want in zip(calls, expected, strict=True):
         assert torch.equal(model(*args, **kwargs)[0], want)
-
-
-@pytest.mark.parametrize(
-    ("kind", "skipped"),
-    [
-        ("FlowMatchEulerDiscreteScheduler", 3),
-        ("FlowMatchHeunDiscreteScheduler", 6),
-        ("UniPCMultistepScheduler", 3),
-    ],
-)
-def test_a_run_that_starts_from_an_image_has_fewer_steps(kind, skipped):
-    scheduler = getattr(diffusers, kind)()
-    scheduler.set_timesteps(8)
-    every = scheduler.timesteps.tolist()
-    assert toca_kernels.diffusers._timesteps(scheduler, 8) == every
-    assert toca_kernels.diffusers._timesteps(scheduler, 5) == every[skipped:]
 
 
 def test_other_configs_and_pipelines_see_no_difference():
@@ -424,23 +388,6 @@ def test_runs_of_different_sizes_prompts_and_batches(name):
         with toca.enabled(pipe, settings):
             for given, want in zip(variants(name), expected, strict=True):
                 assert torch.equal(tiny.call(pipe, STEPS, **given), want)
-
-
-@pytest.mark.parametrize("enable", ["enable", "enable_cache"])
-def test_a_copy_of_the_scheduler_is_its_own(enable):
-    tiny = PIPELINES["wan"]
-    pipe = tiny()
-    if enable == "enable":
-        toca.enable(pipe, config("wan"))
-    else:
-        pipe.transformer.enable_cache(config("wan"))
-    tiny.call(pipe, STEPS)
-    other = copy.deepcopy(pipe.scheduler)
-    other.set_timesteps(3)
-    other.step(torch.ones(1), other.timesteps[0], torch.ones(1))
-    assert (len(other.timesteps), len(pipe.scheduler.timesteps)) == (3, STEPS)
-    assert pipe.scheduler.step_index == STEPS
-    assert other.step_index == 1
 
 
 # --- LoRA ----------------------------------------------------------------------------------------

@@ -18,8 +18,11 @@ LAYERS = [
     ["__init__"],  # the public names
     ["diffusers"],
     ["session"],
+    ["recorder"],
+    ["trace"],
     ["summary"],
     ["graphs"],
+    ["scheduler"],
     ["run"],
     ["branch"],
     ["chooser", "modulation"],

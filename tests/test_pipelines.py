@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines import PIPELINES, TinyPipeline
+from pipelines import FROM_IMAGE, PIPELINES, TinyPipeline
 from published import flux, noise, pixart, stdit, stdit3
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own
 STEPS = 4
 STRENGTH = torch.tensor([[0.0, 0.6, 1.0], [1.0, 1.0, 0.0]])  # of the frames of two videos
 MLPS = ("ff", "ffn", "img_mlp", "feed_forward", "proj_mlp")
+STOCK = PIPELINES | {f"{name}_from_image": tiny for name, tiny in FROM_IMAGE.items()}
 
 
-@pytest.fixture(params=PIPELINES)
+@pytest.fixture(params=STOCK)
 def stock(request) -> TinyPipeline:
-    return PIPELINES[request.param]
+    return STOCK[request.param]
 
 
 @pytest.fixture

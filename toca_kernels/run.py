@@ -37,10 +37,10 @@ class Graphs(Protocol):
 class Run:
     """The run that is under way, found out from the model's calls.
 
-    A run begins with the first call, when `begin` announced it (a scheduler's set_timesteps), and
-    when the timestep returns to where the run started or moves against its direction.  A call with
-    other labels at the first timestep opens a second guidance branch.  On a GPU timesteps are not
-    read back, so only calls are counted there.
+    A run begins with the first call, with the first after `begin` announced it, and when the
+    timestep returns to where the run started or moves against its direction.  A call with other
+    labels at the first timestep opens a second guidance branch.  On a GPU timesteps are not read
+    back, so only calls are counted there.
     """
 
     def __init__(
@@ -104,13 +104,12 @@ class Run:
         # Refuses settings that do not fit the model.
         self._make_plan(steps, dict.fromkeys(self.layers, 4096))
 
-    def begin(self, num_steps: int, timesteps: Sequence[float]) -> None:
-        """A run is about to start: forget the last one."""
+    def begin(self, timesteps: Sequence[float]) -> None:
+        """A run is announced; with its first call the last one's branches are forgotten."""
         self.announced = True
         self.ticks = 0
-        self.num_steps = num_steps
+        self.num_steps = len(timesteps)
         self.timesteps = list(timesteps)
-        self.branches = {}
 
     def release(self) -> None:
         self._kept.clear()
@@ -245,9 +244,9 @@ class Run:
         if counted and self.ticks and not branch.position <= self.ticks < self.num_steps:
             raise ValueError(
                 f"scheduler: expected the one that announced this run, which has taken "
-                f"{self.ticks} of {self.num_steps} steps, to lead step {branch.position}; after "
-                "replacing a pipeline's scheduler, or for another pipeline, disable and enable "
-                "again"
+                f"{self.ticks} of {self.num_steps} steps, to lead step {branch.position}; another "
+                "pipeline around this model is followed after `import toca_kernels.diffusers`, "
+                "a scheduler of your own after `pipe.scheduler = scheduler`"
             )
         if call.text == () and timestep is not None and timestep == branch.last:
             raise ValueError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,9 @@ from .done import Done
 from .flops import Flops
 from .graphs import CudaGraphs, StepGraphs
 from .plan import check_integer, module_kind
+from .recorder import Recorder
 from .run import Run
+from .scheduler import Follower
 from .summary import Summary
 
 _ATTRIBUTE = "_toca_session"
@@ -53,6 +53,7 @@ class Session:
         self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask)
         self._run.graphs = self._graphs = graphs
         self.others: list[Session] = []
+        self.grids: Mapping[str, tuple[int, ...]] = {}  # of the last call's tokens
         # Beneath the hook that accelerate's offloading puts on and takes off in every run.
         self._forward_name = "_old_forward" if "_old_forward" in vars(model) else "forward"
         self._own_forward = getattr(model, self._forward_name)
@@ -78,7 +79,9 @@ class Session:
         call = self._adapter.call(*args, **kwargs)
         if call is None:
             return self._own_forward(*args, **kwargs)
+        self.grids = call.grids
         with torch.no_grad():  # cached features carry no gradient: none is promised
+            self._follower.look()
             out = self._run.call(call, self._own_forward, args, kwargs)
         return out
 
@@ -126,34 +129,15 @@ class Session:
 
     # --- patching ---------------------------------------------------------------------------
 
-    def _install(self, scheduler: object | None) -> None:
+    def _install(self, follower: Follower | None) -> None:
+        self._follower = follower or Follower([self._run])
         self._patch(self.model, self._forward_name, self._forward)
         if hasattr(self.model, "enable_cache"):  # diffusers refuses a second cache by this
             self._patch(self.model, "_cache_config", self.config)
         for block in self._blocks:
             for module, forward in block.replacements():
                 self._patch(module, "forward", forward)
-        if scheduler is not None and hasattr(scheduler, "set_timesteps"):
-            self._patch(scheduler, "set_timesteps", self._announcing(scheduler))
-            self._patch(scheduler, "step", self._ticking(scheduler))
         self.model.__dict__[_ATTRIBUTE] = self
-
-    def _announcing(self, scheduler: Any) -> Callable[..., Any]:
-        """The scheduler's set_timesteps, which now also announces a run."""
-
-        def announce() -> None:
-            timesteps = torch.as_tensor(scheduler.timesteps).tolist()
-            self._run.begin(len(timesteps), timesteps)
-
-        return _and_then(scheduler, "set_timesteps", announce)
-
-    def _ticking(self, scheduler: Any) -> Callable[..., Any]:
-        """The scheduler's step, which now also counts."""
-
-        def tick() -> None:
-            self._run.ticks += 1
-
-        return _and_then(scheduler, "step", tick)
 
     def _patch(self, target: Any, name: str, replacement: Any) -> None:
         """Set an attribute of the instance; `_uninstall` puts back what was there.
@@ -189,6 +173,18 @@ class Session:
             block.release()
 
     # --- report -----------------------------------------------------------------------------
+
+    def trace(self) -> Recorder:
+        """Records what the runs of a with block do; `trace` of what it gives is the last one's.
+
+            with session.trace() as recorder:
+                pipe(...)
+            recorder.trace.save("run.npz")  # toca report run.npz draws it
+
+        Steps are not replayed as CUDA graphs meanwhile.  `recorder.keep(sample)` after a step keeps
+        what the sampler holds.
+        """
+        return Recorder(self)
 
     def summary(self) -> Summary:
         """What the last run (or the one under way) did.
@@ -238,25 +234,6 @@ class Session:
         return self._adapter.flops(done.plan(), done.batch)
 
 
-def _and_then(target: Any, name: str, act: Callable[[], None]) -> Callable[..., Any]:
-    """The method of the target, which now also acts.
-
-    A deep copy of the target gets a method of its own, which does not: hence MethodType, which is
-    copied with what it is bound to.
-    """
-    own = getattr(target, name)
-    function = getattr(own, "__func__", None)
-
-    @functools.wraps(function or own)  # pipelines read its signature
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = function(self, *args, **kwargs) if function else own(*args, **kwargs)
-        if self is target:
-            act()
-        return out
-
-    return MethodType(method, target)
-
-
 def _mlp_tokens(done: Done, k: Mapping[str, Any]) -> int:
     """Tokens in the MLPs, of all samples, layers and steps."""
     return sum(done.batch[name] * int(k[name].sum()) for name in k if module_kind(name) == "mlp")
@@ -303,7 +280,7 @@ def enable(
         ValueError: the model is of no supported family (the message says what it lacks), is
             already enabled, or the settings do not fit it.
     """
-    found, scheduler = _parts(model_or_pipeline)
+    found, pipe = _parts(model_or_pipeline)
     if not isinstance(config, ToCaConfig):
         raise ValueError(f"config: expected a ToCaConfig, got {type(config).__name__}")
     if any(_ATTRIBUTE in model.__dict__ for model in found):
@@ -332,9 +309,11 @@ def enable(
         )
         for model in found
     ]
+    follower = Follower([session._run for session in sessions], pipe)
     for session in sessions:
-        session._install(scheduler)
+        session._install(follower)
     sessions[0].others = sessions[1:]
+    sessions[0]._undo.append(follower.close)
     return sessions[0]
 
 
@@ -384,7 +363,7 @@ def _cuda_device(model: nn.Module) -> torch.device:
 
 
 def _parts(model_or_pipeline: Any) -> tuple[list[nn.Module], object | None]:
-    """(models, scheduler) of a model, or of a pipeline around one or two."""
+    """(models, pipeline) of a model, or of a pipeline around one or two."""
     if isinstance(model_or_pipeline, nn.Module):
         return [model_or_pipeline], None
     named = (getattr(model_or_pipeline, name, None) for name in ("transformer", "transformer_2"))
@@ -394,4 +373,4 @@ def _parts(model_or_pipeline: Any) -> tuple[list[nn.Module], object | None]:
             "model: expected a torch module, or a pipeline with one as its transformer, got "
             f"{type(model_or_pipeline).__name__}"
         )
-    return found, getattr(model_or_pipeline, "scheduler", None)
+    return found, model_or_pipeline
