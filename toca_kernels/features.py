@@ -114,8 +114,7 @@ def _checked_forecast(name: str, cache: ForecastCache, x: Tensor) -> ForecastCac
             f"{name} values: a ForecastCache is not held in 8 bits: expected dtype float32, "
             f"bfloat16 or float16, got {_checks.dtype_text(values.dtype)}"
         )
-    dtype = x.dtype if x is not values else _checks.FLOATS  # of itself, where it is read alone
-    _checks.tensor(f"{name} values", values, size, dtype=dtype, device=x.device)
+    _checks.tensor(f"{name} values", values, size, dtype=x.dtype, device=x.device)
     if not isinstance(slopes, tuple) or not 1 <= len(slopes) <= MAX_SLOPES:
         have = len(slopes) if isinstance(slopes, tuple) else type(slopes).__name__
         raise ValueError(f"{name} slopes: expected a tuple of 1 or {MAX_SLOPES}, got {have}")

@@ -710,18 +710,19 @@ def read_rows(
         ValueError: a shape, dtype, device or layout differs, or an index is out of [0, N).
         RuntimeError: the named backend is not available here.
     """
-    eight_bit = isinstance(cache, QuantizedCache)
+    eight_bit, shape = isinstance(cache, QuantizedCache), ("B", "N", "C")
     if isinstance(cache, QuantizedCache | ForecastCache):
-        size = _checks.tensor("cache values", cache.values, ("B", "N", "C"))
+        floats = None if eight_bit else _checks.FLOATS
+        like = _checks.tensor("cache values", cache.values, shape, dtype=floats)
     else:
-        size = _checks.tensor("cache", cache, ("B", "N", "C"), dtype=_checks.FLOATS)
-    values, scale, forecast = checked("cache", cache, size)
+        like = _checks.tensor("cache", cache, shape, dtype=_checks.FLOATS)
+    values, scale, forecast = checked("cache", cache, like)
     if dtype is None and not eight_bit:
         dtype = values.dtype
     dtype = _checks.dtype("dtype", dtype, _checks.FLOATS if eight_bit else (values.dtype,))
     if index is not None:
-        shape = (values.shape[0], "k")
-        _checks.tensor("index", index, shape, dtype=torch.int64, device=values.device)
+        rows = (values.shape[0], "k")
+        _checks.tensor("index", index, rows, dtype=torch.int64, device=values.device)
     slopes, distance = _read_by(forecast)
     backend = resolve(backend, values.device, op="read_rows")
     return _library.read_rows(values, index, scale, slopes, distance, dtype, backend)
