@@ -42,6 +42,9 @@ CALLS = {
         [(None, torch.ones(1, 3, 4, device=device))],
         **options,
     ),
+    "read_rows": lambda device, **options: toca.read_rows(
+        torch.ones(1, 3, 4, device=device), **options
+    ),
 }
 every_op = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 

@@ -27,10 +27,10 @@ LIMITS = {
     "gather_modulate_kernel": (80, 256),
     "scatter_residual_kernel": (96, 0),
     "scatter_residual_8bit_kernel": (120, 0),
-    "scatter_forecast_kernel": (128, 0),
-    "store_forecast_kernel": (80, 0),
+    "scatter_forecast_kernel": (120, 0),
+    "store_forecast_kernel": (48, 0),
     "store_rows_kernel": (80, 0),
-    "read_rows_kernel": (80, 0),
+    "read_rows_kernel": (48, 0),
 }
 SELECT = [name for name in LIMITS if LIMITS[name][0] == 64]
 STREAMING = (

@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import eight_bit
+import forecast
 import oracle
 import test_attention_entropy
 import test_attention_scores
+import test_eight_bit_updates
+import test_forecast_updates
 import test_gather_modulate
 import test_mlp_rows
 import test_partial_attention
+import test_read_rows
 import test_scatter_residual
 import test_select_tokens
 import toca_kernels as toca
@@ -48,6 +53,10 @@ def on_gpu(value: Any) -> Any:
         flat = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
         copied = flat.to("cuda", copy=True)
         return copied.as_strided(value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, ops.ForecastCache):
+        return ops.ForecastCache(*map(on_gpu, value))
+    if isinstance(value, ops.QuantizedCache):
+        return ops.QuantizedCache(on_gpu(value.values), on_gpu(value.scale))
     if isinstance(value, tuple | list):
         return type(value)(map(on_gpu, value))
     return {key: on_gpu(v) for key, v in value.items()} if isinstance(value, dict) else value
@@ -59,6 +68,10 @@ def back(value: Any) -> Any:
         return value.cpu()
     if isinstance(value, ops.Selection):
         return dataclasses.replace(value, **{n: back(getattr(value, n)) for n in SELECTION})
+    if isinstance(value, ops.ForecastCache):
+        return ops.ForecastCache(*map(back, value))
+    if isinstance(value, ops.QuantizedCache):
+        return ops.QuantizedCache(value.values.cpu(), value.scale.cpu())
     return type(value)(map(back, value)) if isinstance(value, tuple | list) else value
 
 
@@ -158,6 +171,16 @@ def check_scatter_residual(B, N, C, k, gates, dtype, **options):
             assert_same_bits(cache, exact_cache)
 
 
+def check_cached(module, same, B, N, C, k, words, dtype):
+    """scatter_residual with the caches of a module's cases; written ones are `same`."""
+    x, updates, expected, caches, exact = module.problem(B, N, C, k, words, dtype)
+    for backend in BACKENDS:
+        result, (_, updates_after) = run(backend, "scatter_residual", x, updates)
+        assert_backend_within_budget(result, expected, exact)
+        for (_, cache, *_), want in zip(updates_after, caches, strict=True):
+            same(cache, want)
+
+
 def check_select_tokens(score, k, options):
     age = torch.randint(0, 9, score.shape, dtype=torch.int32)
     before = age.clone()
@@ -242,6 +265,47 @@ def test_cases_of_mlp_rows_activation(activation, dtype):
 def test_cases_of_scatter_residual(case, dtype):
     check_scatter_residual(*case, dtype)
     check_scatter_residual(*case, dtype, inplace=True)
+
+
+@cases_of(test_eight_bit_updates)
+def test_cases_of_8_bit_caches(case, dtype):
+    check_cached(test_eight_bit_updates, eight_bit.assert_same_cache, *case, dtype)
+
+
+@cases_of(test_forecast_updates)
+def test_cases_of_forecast_caches(case, dtype):
+    check_cached(test_forecast_updates, forecast.assert_same_cache, *case, dtype)
+
+
+@forecast.every_stage
+def test_store_rows_of_a_forecast(slopes, computed):
+    cache = forecast.new_cache(2, 9, 1152, torch.bfloat16, slopes, computed)
+    rows, want = torch.randn(2, 9, 1152).bfloat16(), forecast.clone(cache)
+    reference("store_rows", want, rows)
+    for backend in BACKENDS:
+        _, (have, _) = run(backend, "store_rows", cache, rows)
+        forecast.assert_same_cache(have, want)
+
+
+@pytest.mark.parametrize("kind", test_forecast_updates.READ)
+def test_gather_modulate_of_a_forecast(kind):
+    for case in test_forecast_updates.GATHER:
+        given, residual, expected, exact = test_forecast_updates.gather_problem(
+            *case.values, kind, torch.bfloat16
+        )
+        for backend in BACKENDS:
+            result, _ = run(backend, "gather_modulate", *given, residual=residual)
+            assert_backend_within_budget(result, expected, exact)
+
+
+@pytest.mark.parametrize("kind", test_read_rows.EVERY_KIND)
+@pytest.mark.parametrize(("B", "N", "C", "k"), test_read_rows.CASES)
+def test_cases_of_read_rows(B, N, C, k, kind):
+    cache, index, options, exact = test_read_rows.problem(B, N, C, k, kind, torch.bfloat16)
+    expected = reference("read_rows", cache, index, **options)
+    for backend in BACKENDS:
+        result, _ = run(backend, "read_rows", cache, index, **options)
+        assert_backend_within_budget(result, expected, exact)
 
 
 @pytest.mark.parametrize(("R", "N", "k", "options"), test_select_tokens.CASES)
@@ -370,6 +434,7 @@ def calls() -> dict[str, Callable[[str | None], Any]]:
         "scatter_residual": lambda backend: ops.scatter_residual(
             x, [(gate, cache.clone(), fresh, inverse)], backend=backend
         ),
+        "read_rows": lambda backend: ops.read_rows(cache, index, backend=backend),
     }
 
 
@@ -381,7 +446,7 @@ def test_the_same_bits_in_every_run(backend):
             torch.testing.assert_close(call(backend), first, rtol=0, atol=0, msg=op)
 
 
-NATIVE_ON_CUDA = ("select_tokens", "gather_modulate", "scatter_residual")
+NATIVE_ON_CUDA = ("select_tokens", "gather_modulate", "scatter_residual", "read_rows")
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason=toca.backends()["native"].reason)

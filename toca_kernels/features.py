@@ -6,6 +6,7 @@ stale token is extrapolated to the step that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -74,6 +75,8 @@ class ForecastCache(NamedTuple):
 
 
 Cache: TypeAlias = Tensor | QuantizedCache | ForecastCache
+Residual: TypeAlias = tuple[Tensor | None, Cache]
+Update: TypeAlias = tuple[Tensor | None, Cache] | tuple[Tensor | None, Cache, Tensor, Tensor]
 
 
 def forecast_order(cache: ForecastCache) -> int:
@@ -81,6 +84,14 @@ def forecast_order(cache: ForecastCache) -> int:
     if cache.computed <= 1:
         return 0
     return 1 if cache.computed == 2 else len(cache.slopes)
+
+
+def read_by(forecast: ForecastCache | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The slopes that a cache is read with, and the distance where there are any."""
+    if forecast is None:
+        return (), None
+    slopes = forecast.slopes[: forecast_order(forecast)]
+    return slopes, forecast.distance if slopes else None
 
 
 def checked(
@@ -114,8 +125,7 @@ def _checked_forecast(name: str, cache: ForecastCache, x: Tensor) -> ForecastCac
             f"{name} values: a ForecastCache is not held in 8 bits: expected dtype float32, "
             f"bfloat16 or float16, got {_checks.dtype_text(values.dtype)}"
         )
-    dtype = x.dtype if x is not values else _checks.FLOATS  # of itself, where it is read alone
-    _checks.tensor(f"{name} values", values, size, dtype=dtype, device=x.device)
+    _checks.tensor(f"{name} values", values, size, dtype=x.dtype, device=x.device)
     if not isinstance(slopes, tuple) or not 1 <= len(slopes) <= MAX_SLOPES:
         have = len(slopes) if isinstance(slopes, tuple) else type(slopes).__name__
         raise ValueError(f"{name} slopes: expected a tuple of 1 or {MAX_SLOPES}, got {have}")
@@ -127,3 +137,58 @@ def _checked_forecast(name: str, cache: ForecastCache, x: Tensor) -> ForecastCac
         if computed == known:
             return ForecastCache(values, slopes, distance, known)
     return ForecastCache(values, slopes, distance, 3)
+
+
+def checked_update(
+    name: str, update: Update, x: Tensor
+) -> tuple[
+    Tensor | None,
+    Tensor,
+    Tensor | None,
+    ForecastCache | None,
+    Tensor | None,
+    Tensor | None,
+]:
+    """(gate, values, scale, forecast, fresh, inverse) of an update of scatter_residual."""
+    B, N, C = x.shape
+    if len(update) not in (2, 4):
+        raise ValueError(
+            f"{name}: expected (gate, cache) or (gate, cache, fresh, inverse), "
+            f"got {len(update)} values"
+        )
+    gate, cache = update[:2]
+    if gate is not None:
+        _checks.modulation(f"{name} gate", gate, x)
+    values, scale, forecast = checked(f"{name} cache", cache, x)
+    if len(update) == 2:
+        return gate, values, scale, forecast, None, None
+    fresh, inverse = update[2:]
+    _checks.tensor(f"{name} fresh", fresh, (B, "k", C), dtype=x.dtype, device=x.device)
+    _checks.tensor(f"{name} inverse", inverse, (B, N), dtype=torch.int32, device=x.device)
+    return gate, values, scale, forecast, fresh, inverse
+
+
+def with_slopes(
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    forecasts: Sequence[ForecastCache | None],
+    fresh: Sequence[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
+    """(values and all slopes, distances, number of slopes, computed) of the updates of a call.
+
+    Of a cache that gets nothing fresh, only the slopes that it is read with.
+    """
+    if any(scale is not None for scale in scales):
+        raise ValueError(
+            "updates: expected no QuantizedCache beside a ForecastCache, got both in one call"
+        )
+    slopes = [
+        () if forecast is None else read_by(forecast)[0] if rows is None else forecast.slopes
+        for forecast, rows in zip(forecasts, fresh, strict=True)
+    ]
+    return (
+        [*values, *(slope for given in slopes for slope in given)],
+        [f.distance for f, given in zip(forecasts, slopes, strict=True) if f is not None and given],
+        [len(given) for given in slopes],
+        [0 if forecast is None else forecast.computed for forecast in forecasts],
+    )

@@ -8,7 +8,8 @@ A ToCa step that recomputes k of N tokens is four memory-bound ops around two li
     x     = scatter_residual(x, [(gate, cache, fresh, inverse), ...])   the rest: from the cache
 
 Letters: B samples, N tokens, k selected tokens, C channels, H heads, D channels of a head,
-F hidden channels of the MLP, R rows of a selection (layers x samples).
+F hidden channels of the MLP, R rows of a selection (layers x samples).  What a cache can be is said
+in features.py.
 
 Every op takes `backend=None`: None is the fastest body for the tensors' device, a name
 ("reference", "native", "triton") is used or refused.  All bodies compute the same function:
@@ -18,7 +19,7 @@ arithmetic in float32, rounded once to the tensors' dtype.  Nothing here is diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,11 +28,29 @@ from torch import Tensor, nn
 
 from . import _checks, _library
 from ._backends import resolve
-from .features import Cache, ForecastCache, QuantizedCache, checked, forecast_order
+from .features import (
+    Cache,
+    ForecastCache,
+    QuantizedCache,
+    Residual,
+    Update,
+    checked,
+    checked_update,
+    read_by,
+    with_slopes,
+)
 from .native import PackedLinear, packed_mlp_rows, packing_unavailable
 
 # Caches, and how blocks lay out a linear's weights.
-__all__ = ["Cache", "ForecastCache", "PackedLinear", "QuantizedCache", "packing_unavailable"]
+__all__ = [
+    "Cache",
+    "ForecastCache",
+    "PackedLinear",
+    "QuantizedCache",
+    "Residual",
+    "Update",
+    "packing_unavailable",
+]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
@@ -44,8 +63,6 @@ _NO_NATIVE_BODY = ("reference", "triton")
 _FREE_ROWS = {"cuda": 128}
 
 Linear: TypeAlias = nn.Linear | PackedLinear | tuple[Tensor, Tensor | None]
-Residual: TypeAlias = tuple[Tensor | None, Cache]
-Update: TypeAlias = tuple[Tensor | None, Cache] | tuple[Tensor | None, Cache, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -439,7 +456,7 @@ def gather_modulate(
         if value is not None:
             _checks.tensor(name, value, (C,), dtype=x.dtype, device=x.device)
     _checks.choice("norm", norm, NORMS)
-    slopes, distance = _read_by(forecast)
+    slopes, distance = read_by(forecast)
     return _library.gather_modulate(
         x,
         index,
@@ -456,14 +473,6 @@ def gather_modulate(
         slopes,
         distance,
     )
-
-
-def _read_by(forecast: ForecastCache | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """The slopes that a cache is read with, and the distance where there are any."""
-    if forecast is None:
-        return (), None
-    slopes = forecast.slopes[: forecast_order(forecast)]
-    return slopes, forecast.distance if slopes else None
 
 
 def free_rows(device: torch.device) -> int:
@@ -584,77 +593,16 @@ def scatter_residual(
     if not 1 <= len(updates) <= MAX_UPDATES:
         raise ValueError(f"updates: expected 1 to {MAX_UPDATES}, got {len(updates)}")
     gates, caches, scales, forecasts, fresh, inverse = zip(
-        *(_update(f"updates[{u}]", update, x) for u, update in enumerate(updates)), strict=True
+        *(checked_update(f"updates[{u}]", update, x) for u, update in enumerate(updates)),
+        strict=True,
     )
     body = _library.scatter_residual_inplace if inplace else _library.scatter_residual
+    backend = resolve(backend, x.device, op="scatter_residual")
     if any(forecast is not None for forecast in forecasts):
-        return _scatter_forecasts(
-            body, x, gates, caches, scales, forecasts, fresh, inverse, backend
-        )
+        written, *rest = with_slopes(caches, scales, forecasts, fresh)
+        return body(x, gates, written, fresh, inverse, backend, *rest)
     caches += tuple(scale for scale in scales if scale is not None)
-    return body(x, gates, caches, fresh, inverse, resolve(backend, x.device, op="scatter_residual"))
-
-
-def _update(
-    name: str, update: Update, x: Tensor
-) -> tuple[
-    Tensor | None,
-    Tensor,
-    Tensor | None,
-    ForecastCache | None,
-    Tensor | None,
-    Tensor | None,
-]:
-    """(gate, cache, its scale, its forecast, fresh, inverse)"""
-    B, N, C = x.shape
-    if len(update) not in (2, 4):
-        raise ValueError(
-            f"{name}: expected (gate, cache) or (gate, cache, fresh, inverse), "
-            f"got {len(update)} values"
-        )
-    gate, cache = update[:2]
-    if gate is not None:
-        _checks.modulation(f"{name} gate", gate, x)
-    values, scale, forecast = checked(f"{name} cache", cache, x)
-    if len(update) == 2:
-        return gate, values, scale, forecast, None, None
-    fresh, inverse = update[2:]
-    _checks.tensor(f"{name} fresh", fresh, (B, "k", C), dtype=x.dtype, device=x.device)
-    _checks.tensor(f"{name} inverse", inverse, (B, N), dtype=torch.int32, device=x.device)
-    return gate, values, scale, forecast, fresh, inverse
-
-
-def _scatter_forecasts(
-    body: Callable[..., Tensor],
-    x: Tensor,
-    gates: Sequence[Tensor | None],
-    caches: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    forecasts: Sequence[ForecastCache | None],
-    fresh: Sequence[Tensor | None],
-    inverse: Sequence[Tensor | None],
-    backend: str | None,
-) -> Tensor:
-    if any(scale is not None for scale in scales):
-        raise ValueError(
-            "updates: expected no QuantizedCache beside a ForecastCache, got both in one call"
-        )
-    # Of a cache that gets nothing fresh, only the slopes that it is read with.
-    slopes = [
-        () if forecast is None else _read_by(forecast)[0] if rows is None else forecast.slopes
-        for forecast, rows in zip(forecasts, fresh, strict=True)
-    ]
-    return body(
-        x,
-        gates,
-        [*caches, *(slope for given in slopes for slope in given)],
-        fresh,
-        inverse,
-        resolve(backend, x.device, op="scatter_residual"),
-        [f.distance for f, given in zip(forecasts, slopes, strict=True) if f is not None and given],
-        [len(given) for given in slopes],
-        [0 if forecast is None else forecast.computed for forecast in forecasts],
-    )
+    return body(x, gates, caches, fresh, inverse, backend)
 
 
 def store_rows(cache: Cache, rows: Tensor, *, backend: str | None = None) -> None:
@@ -710,19 +658,20 @@ def read_rows(
         ValueError: a shape, dtype, device or layout differs, or an index is out of [0, N).
         RuntimeError: the named backend is not available here.
     """
-    eight_bit = isinstance(cache, QuantizedCache)
+    eight_bit, shape = isinstance(cache, QuantizedCache), ("B", "N", "C")
     if isinstance(cache, QuantizedCache | ForecastCache):
-        size = _checks.tensor("cache values", cache.values, ("B", "N", "C"))
+        floats = None if eight_bit else _checks.FLOATS
+        like = _checks.tensor("cache values", cache.values, shape, dtype=floats)
     else:
-        size = _checks.tensor("cache", cache, ("B", "N", "C"), dtype=_checks.FLOATS)
-    values, scale, forecast = checked("cache", cache, size)
+        like = _checks.tensor("cache", cache, shape, dtype=_checks.FLOATS)
+    values, scale, forecast = checked("cache", cache, like)
     if dtype is None and not eight_bit:
         dtype = values.dtype
     dtype = _checks.dtype("dtype", dtype, _checks.FLOATS if eight_bit else (values.dtype,))
     if index is not None:
-        shape = (values.shape[0], "k")
-        _checks.tensor("index", index, shape, dtype=torch.int64, device=values.device)
-    slopes, distance = _read_by(forecast)
+        rows = (values.shape[0], "k")
+        _checks.tensor("index", index, rows, dtype=torch.int64, device=values.device)
+    slopes, distance = read_by(forecast)
     backend = resolve(backend, values.device, op="read_rows")
     return _library.read_rows(values, index, scale, slopes, distance, dtype, backend)
 
@@ -754,7 +703,8 @@ def partial_mlp(
         x: (B, N, C), contiguous.
         selection: (index, inverse) of this layer, see `Selection.rows`.
         modulation: (shift, scale, gate) of the MLP, as in `gather_modulate`.
-        cache: (B, N, C), or a QuantizedCache: the MLP's cached output.  Modified in place.
+        cache: (B, N, C), or a QuantizedCache or ForecastCache: the MLP's cached output.  Modified
+            in place.
         fc1, fc2, activation: as in `mlp_rows`.
         residual: (gate, cache) of the reused attention, added to every token.
         norm, weight, bias, eps: as in `gather_modulate`.

@@ -93,22 +93,22 @@ __device__ void add_pack(const ScatterResidual& p, const Token& token, int c) {
   store(static_cast<T*>(p.out) + at, out);
 }
 
-// The same where some caches are extrapolated.
-template <class T, int kVec, int kMost>
-__device__ void add_forecast_pack(const ScatterResidual& p, const Token& token, int c) {
+// The same where some caches are extrapolated: two updates at a time, for want of registers.
+template <class T, int kVec>
+__device__ void add_two_forecasts(const ScatterResidual& p, const Token& token, int c, int first,
+                                  float* total) {
   const int64_t at = token.row * p.C + c;
-  int64_t slot[kMost];
+  int64_t slot[2];
 #pragma unroll
-  for (int u = 0; u < kMost; ++u)
-    if (u < p.updates) slot[u] = slot_of(p.update[u], token);
+  for (int u = 0; u < 2; ++u)
+    if (first + u < p.updates) slot[u] = slot_of(p.update[first + u], token);
 
-  const auto x = load<kVec>(static_cast<const T*>(p.x) + at);
-  Pack<T, kVec> value[kMost], gate[kMost];
-  Around<T, kVec> around[kMost];
+  Pack<T, kVec> value[2], gate[2];
+  Around<T, kVec> around[2];
 #pragma unroll
-  for (int u = 0; u < kMost; ++u) {
-    if (u >= p.updates) continue;
-    const ResidualUpdate& update = p.update[u];
+  for (int u = 0; u < 2; ++u) {
+    if (first + u >= p.updates) continue;
+    const ResidualUpdate& update = p.update[first + u];
     const T* source = slot[u] >= 0 ? fresh_row<T>(update, token, slot[u], p.C) + c
                                    : static_cast<const T*>(update.cache) + at;
     value[u] = load_once<kVec>(source);
@@ -117,13 +117,10 @@ __device__ void add_forecast_pack(const ScatterResidual& p, const Token& token, 
     if (const T* gates = gate_row<T>(update, token)) gate[u] = load<kVec>(gates + c);
   }
 
-  float total[kVec];
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) total[i] = to_float(x.value[i]);
-#pragma unroll
-  for (int u = 0; u < kMost; ++u) {
-    if (u >= p.updates) continue;
-    const ResidualUpdate& update = p.update[u];
+  for (int u = 0; u < 2; ++u) {
+    if (first + u >= p.updates) continue;
+    const ResidualUpdate& update = p.update[first + u];
     const Forecast& forecast = update.forecast;
     float cached[kVec];
 #pragma unroll
@@ -141,20 +138,32 @@ __device__ void add_forecast_pack(const ScatterResidual& p, const Token& token, 
     for (int i = 0; i < kVec; ++i)
       total[i] += update.gate.data ? to_float(gate[u].value[i]) * cached[i] : cached[i];
   }
+}
+
+template <class T, int kVec>
+__device__ void add_forecast_pack(const ScatterResidual& p, const Token& token, int c) {
+  const int64_t at = token.row * p.C + c;
+  const auto x = load<kVec>(static_cast<const T*>(p.x) + at);
+  float total[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) total[i] = to_float(x.value[i]);
+#pragma unroll 1
+  for (int first = 0; first < p.updates; first += 2)
+    add_two_forecasts<T, kVec>(p, token, c, first, total);
   Pack<T, kVec> out;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) out.value[i] = from_float<T>(total[i]);
   store(static_cast<T*>(p.out) + at, out);
 }
 
-template <class T, int kVec, int kMost>
+template <class T, int kVec>
 __global__ void __launch_bounds__(kMostThreads, 1)
     scatter_forecast_kernel(ScatterResidual p, int rows_of_cta) {
   const int packs = int(p.C / kVec), first = blockIdx.x * rows_of_cta;
   const int rows = min(rows_of_cta, int(p.B * p.N) - first);
   for (int i = threadIdx.x; i < rows * packs; i += blockDim.x) {
     const int row = i / packs;
-    add_forecast_pack<T, kVec, kMost>(p, token_of(p, first + row), (i - row * packs) * kVec);
+    add_forecast_pack<T, kVec>(p, token_of(p, first + row), (i - row * packs) * kVec);
   }
 }
 
@@ -175,12 +184,6 @@ bool has_forecast(const ScatterResidual& p) {
   return false;
 }
 
-template <class T, int kVec, int kMost>
-auto kernel_for(const ScatterResidual& p) {
-  return has_forecast(p) ? scatter_forecast_kernel<T, kVec, kMost>
-                         : scatter_residual_kernel<T, kVec, kMost>;
-}
-
 template <class T, int kVec>
 void run(const ScatterResidual& p, const Stream& stream) {
   const int packs = int(p.C / kVec), rows = packs < kThreads ? kThreads / packs : 1;
@@ -188,8 +191,9 @@ void run(const ScatterResidual& p, const Stream& stream) {
   const Shape shape{dim3(unsigned(div_up(p.B * p.N, int64_t(rows)))),
                     dim3(unsigned(threads < kMostThreads ? threads : kMostThreads))};
   launch(kOp, stream, shape,
-         p.updates <= kFewUpdates ? kernel_for<T, kVec, kFewUpdates>(p)
-                                  : kernel_for<T, kVec, kMaxUpdates>(p),
+         has_forecast(p)            ? scatter_forecast_kernel<T, kVec>
+         : p.updates <= kFewUpdates ? scatter_residual_kernel<T, kVec, kFewUpdates>
+                                    : scatter_residual_kernel<T, kVec, kMaxUpdates>,
          p, rows);
 }
 
