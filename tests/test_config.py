@@ -41,6 +41,15 @@ CUSTOM = ToCaConfig(
     seed=7,
     self_attention="partial",
     cache_dtype="int8",
+    residual_threshold=0.1,
+    fresh_every=2,
+)
+# Settings that exclude some of those.
+GIVEN = ToCaConfig(
+    full_at=(0, 4, 9),
+    step_ratio=(0.5, 1.0, 2.0),
+    layer_ratio={"img_mlp": (1.0, 0.5), "mlp": (0.25,)},
+    forecast=2,
 )
 
 
@@ -150,6 +159,21 @@ def test_preset_without_fresh_tokens_has_a_fixed_period() -> None:
         ({"prepack": 0}, "prepack: expected True or False, got 0"),
         ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
         ({"seed": False}, "seed: expected an integer >= 0, got False"),
+        ({"fresh_every": 0}, "fresh_every: expected an integer >= 1, got 0"),
+        ({"full_at": 3}, "full_at: expected None or numbers of steps, got 3"),
+        ({"full_at": (0, -1)}, "full_at: expected an integer >= 0, got -1"),
+        ({"full_at": (0,), "window": (0.1, 0.2, 2)}, "window: expected none beside full_at"),
+        ({"full_at": (0,), "module_interval": {"mlp": 2}}, "module_interval: expected none beside"),
+        ({"full_at": (0,), "refresh_slope": 0.2}, "refresh_slope: expected none beside full_at"),
+        ({"full_at": (0,), "decide_per_block": True}, "decide_per_block: expected none beside"),
+        ({"step_ratio": ()}, "step_ratio: expected one or more factors, got"),
+        ({"step_ratio": (1.0, -1.0)}, "step_ratio: .* got -1.0"),
+        ({"layer_ratio": {"mlp": 1.0}}, r"layer_ratio\['mlp'\]: expected one or more factors"),
+        ({"layer_ratio": {"ffn": (1.0,)}}, "layer_ratio: .* got 'ffn'"),
+        ({"residual_threshold": -0.1}, "residual_threshold: expected a finite number >= 0"),
+        ({"forecast": 3}, "forecast: expected an order of 0, 1 or 2, got 3"),
+        ({"forecast": 1.0}, "forecast: expected an integer >= 0, got 1.0"),
+        ({"forecast": 1, "cache_dtype": "fp8"}, "cache_dtype: expected None with a forecast"),
     ],
 )
 def test_meaningless_settings_are_refused(settings: dict[str, object], message: str) -> None:
@@ -193,7 +217,7 @@ def test_config_is_immutable_and_keeps_its_own_mappings() -> None:
         config.module_ratio["mlp"] = 3.0  # type: ignore[index]
 
 
-@pytest.mark.parametrize("config", [CUSTOM, *map(ToCaConfig.preset, PRESETS)])
+@pytest.mark.parametrize("config", [CUSTOM, GIVEN, *map(ToCaConfig.preset, PRESETS)])
 def test_copies_and_files_are_equal(config: ToCaConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     config.save(path)
@@ -205,9 +229,11 @@ def test_copies_and_files_are_equal(config: ToCaConfig, tmp_path: Path) -> None:
     assert config != config.replace(interval=config.interval + 1)
 
 
-def test_custom_config_differs_from_the_default_everywhere() -> None:
-    default = ToCaConfig().to_dict()
-    same = [name for name, value in CUSTOM.to_dict().items() if value == default[name]]
+def test_custom_configs_differ_from_the_default_everywhere() -> None:
+    default, given = ToCaConfig().to_dict(), GIVEN.to_dict()
+    same = [
+        name for name, value in CUSTOM.to_dict().items() if value == default[name] == given[name]
+    ]
     assert same == []
 
 

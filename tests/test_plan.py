@@ -294,6 +294,46 @@ def test_count_from_and_warmup() -> None:
     assert full(count_from="last_full", warmup=3) == [0, 1, 2, 6]
 
 
+def test_full_steps_are_where_they_are_given() -> None:
+    config = ToCaConfig(full_at=(7, 3), fresh_ratio=0.5)
+    plan = config.plan(num_steps=10, num_layers=2, num_tokens=8)
+    assert full_steps(plan) == [0, 3, 7]
+    assert full_steps(config.replace(warmup=3).plan(num_steps=10, num_layers=2, num_tokens=8)) == [
+        0,
+        1,
+        2,
+        3,
+        7,
+    ]
+    with pytest.raises(ValueError, match="full_at: expected steps below 7, as this run has them"):
+        config.plan(num_steps=7, num_layers=2, num_tokens=8)
+
+
+def test_factors_are_as_they_are_given() -> None:
+    config = ToCaConfig(
+        interval=4,
+        fresh_ratio=0.1,
+        step_slope=0.5,
+        layer_slope=0.5,
+        step_ratio=(1.0, 2.0, 0.0, 4.0),
+        layer_ratio={"mlp": (1.0, 0.5, 10.0)},
+    )
+    plan = config.plan(num_steps=4, num_layers=3, num_tokens=100, modules=("mlp",))
+    assert plan.k["mlp"][1:].tolist() == [[20, 10, 100], [0, 0, 0], [40, 20, 100]]
+    with pytest.raises(ValueError, match="step_ratio: expected 5 factors, one for each step of"):
+        config.plan(num_steps=5, num_layers=3, num_tokens=100)
+    with pytest.raises(ValueError, match=r"layer_ratio\['mlp'\]: expected 2 factors, one for"):
+        config.plan(num_steps=4, num_layers=2, num_tokens=100, modules=("mlp",))
+
+
+def test_tokens_are_recomputed_in_every_second_cached_step() -> None:
+    config = ToCaConfig(interval=5, fresh_ratio=0.25, fresh_every=2, decide_per_block=True)
+    plan = config.plan(num_steps=9, num_layers=1, num_tokens=8)
+    assert plan.k["mlp"][:, 0].tolist() == [8, 0, 2, 0, 2, 8, 0, 2, 0]
+    every = config.replace(fresh_every=1).plan(num_steps=9, num_layers=1, num_tokens=8)
+    assert every.k["mlp"][:, 0].tolist() == [8, 2, 2, 2, 2, 8, 2, 2, 2]
+
+
 def test_a_decision_per_step_has_no_layer_0_quirk() -> None:
     quirky = dit_plan()
     plain = dit_plan(decide_per_block=False)
