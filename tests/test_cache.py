@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from toca_kernels.cache import Layout, TokenCache, Track, record_score, tensors
+from toca_kernels.cache import Layout, TokenCache, Track, rank, tensors
 
 L, B, N, C = 4, 2, 12, 5
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def filled(**kwargs):
     track = Track("mlp", L, **kwargs)
     for layer in range(L):
         track.hold(layer, LAYOUT)
-        record_score(track.score[layer], torch.rand(B, N))
+        rank(track.score[layer], [torch.rand(B, N)], 0.0)
     track.young([True] * L)
     return track
 
@@ -66,16 +66,16 @@ def test_nothing_is_valid_before_it_is_written_or_after_it_is_forgotten():
 def test_scores_are_normalised_over_the_tokens():
     into = torch.zeros(B, N)
     score = torch.rand(B, N) * 100
-    record_score(into, score)
+    rank(into, [score], 0.0)
     assert torch.allclose(into, score / score.norm(dim=1, keepdim=True))
-    record_score(into, torch.zeros(B, N))  # no division by zero
+    rank(into, [torch.zeros(B, N)], 0.0)  # no division by zero
     assert (into == 0).all()
 
 
 def test_halves_that_share_have_the_mean_score():
-    track = filled(share_halves=True)
+    track = filled(shared=True)
     score = torch.rand(B, N)
-    record_score(track.score[0], score)
+    rank(track.score[0], [score], 0.0)
     mean = score.mean(dim=0)
     assert track.score.shape == (L, 1, N)
     assert torch.allclose(track.score[0, 0], mean / mean.norm())
@@ -87,10 +87,46 @@ def test_halves_that_share_have_the_mean_score():
     assert track.recomputed().shape == (L, B, N)
 
 
-def test_halves_of_an_odd_batch_are_refused():
-    track = Track("mlp", L, share_halves=True)
-    with pytest.raises(ValueError, match=r"share_cfg_selection: .* got 3 samples"):
-        track.hold(0, Layout((3, N, C), torch.float32, CPU))
+def test_an_odd_batch_has_no_halves():
+    track = Track("mlp", L, shared=True)
+    track.hold(0, Layout((3, N, C), torch.float32, CPU))
+    assert (track.halves, track.rows) == (1, 3)
+
+
+def test_branches_that_share_have_the_mean_score():
+    track, other = filled(), torch.rand(L, B, N)
+    rank(track.score, [track.scores, other], 0.5)
+    mean = (track.scores + other) / 2 + 0.5
+    assert torch.allclose(track.score, mean / mean.norm(dim=-1, keepdim=True))
+
+
+def test_halves_that_part_go_on_with_the_age_of_both():
+    track = filled(shared=True)
+    track.select([True] * L, [4] * L, **SETTINGS)
+    age = track.age.clone()
+    track.part()
+    assert (track.halves, track.rows) == (1, B)
+    assert torch.equal(track.age, age.repeat(1, 2, 1))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_forecast_measures_from_where_tokens_were_computed(shared):
+    track = filled(forecast=1, shared=shared)
+    assert track.at(0).computed == 0
+    track.ran([True] * L)
+    assert track.at(0).computed == 2
+    for steps in (1, 2):
+        track.measure()
+        assert (track.distance == steps).all()
+        track.grow([False] * L)
+    track.measure()
+    track.select([True, True, True, False], [4] * L, **SETTINGS)
+    assert (track.distance == 3).all()
+    track.measure()
+    fresh = track.selection(0)[1] >= 0
+    assert torch.equal(track.distance[0], torch.where(fresh, 1.0, 4.0))
+    track.invalidate()
+    assert track.at(0).computed == 0
 
 
 @pytest.mark.parametrize(
@@ -160,7 +196,7 @@ def test_nan_scores_are_counted_where_they_are_read():
     track = filled()
     broken = torch.rand(B, N)
     broken[1, 3] = torch.nan  # the norm over the tokens is NaN, and so is the whole row
-    record_score(track.score[2], broken)
+    rank(track.score[2], [broken], 0.0)
     assert track.select([True, True, False, True], [3] * L, **SETTINGS) == 0
     assert track.select([True] * L, [3] * L, **SETTINGS) == N
     index, _ = track.selection(2)
@@ -170,7 +206,7 @@ def test_nan_scores_are_counted_where_they_are_read():
 def test_cells_larger_than_the_image():
     track = Track("mlp", 1)
     track.hold(0, Layout((1, 1, C), torch.float32, CPU))
-    record_score(track.score[0], torch.ones(1, 1))
+    rank(track.score[0], [torch.ones(1, 1)], 0.0)
     track.select([True], [1], age_weight=0.1, grid=(1, 1), cell=2, bonus=0.6)
     assert track.recomputed().all()
 
