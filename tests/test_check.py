@@ -282,7 +282,7 @@ def test_refusals_are_in_words(capsys, tmp_path):
     assert "not allowed with" in refusal(capsys, str(flux), "--preset", "x", "--config", "y")
     assert "preset: expected one of" in refusal(capsys, str(flux), "--preset", "nothing")
     message = refusal(capsys, str(flux), "--preset", "pixart-dpm20", "--device", "cpu")
-    assert "selector: expected one of attention, norm, random" in message
+    assert "selector: expected one of attention, norm, similarity, random, mask" in message
     assert "toca check: " in refusal(capsys, str(tmp_path / "nothing"), "--device", "cpu")
 
 
