@@ -37,7 +37,7 @@ from . import prompts, stored, timing
 from .generation import Source, weights_mark
 from .metrics import missing
 from .sampling import Request, Sampler
-from .settings import Setting
+from .settings import Setting, fingerprint
 from .shapes import DTYPES
 from .tuning import probe as probing
 from .tuning import timed
@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     sampler = source.load()
     steps = sampler.num_steps if args.steps is None else args.steps
     against = _against(args, sampler, steps)
-    state = State(args.state or args.out.with_suffix(".tuning"), _about(args, source, sampler))
+    about = _about(args, source, sampler, conditions)
+    state = State(args.state or args.out.with_suffix(".tuning"), about)
     parts = _parts(args, conditions)
     tuning = [request for name in PARTS for request in parts[name]]
     found = _probe(args, sampler, tuning[:_PROBED], steps, state)
@@ -202,7 +203,9 @@ def _against(
     return found
 
 
-def _about(args: argparse.Namespace, source: Source, sampler: Sampler) -> dict[str, Any]:
+def _about(
+    args: argparse.Namespace, source: Source, sampler: Sampler, conditions: Sequence[int | str]
+) -> dict[str, Any]:
     """All that the measurements depend on; the budget is not among them."""
     about: dict[str, Any] = {
         "target": Path(source.target).name,
@@ -211,6 +214,7 @@ def _about(args: argparse.Namespace, source: Source, sampler: Sampler) -> dict[s
         "device": source.device,
         "dtype": source.dtype,
         "shown": args.classes or args.prompts,
+        "conditions": fingerprint(conditions=list(conditions)),
         "steps": sampler.num_steps if args.steps is None else args.steps,
         "samples": args.samples,
         "held-out": args.held_out,

@@ -16,7 +16,7 @@ from .trials import Score
 PARTS = ("few", "more", "rest")  # of the samples that tune; each setting sees them in this order
 _KEPT = 3  # one in so many goes on to more samples
 _STARTS = 3  # settings whose neighbours are tried
-_LEVELS = (1.25, 1.6, 2.0, 2.5, 3.2, 4.0)  # speed-ups to begin with, where a quality is asked for
+_LEVELS = (1.15, 1.4, 1.8, 2.4, 3.2, 4.2)  # speed-ups to begin with, where a quality is asked for
 _SLACK = 1.001  # a cost that meets a limit, but for rounding
 
 
@@ -136,24 +136,26 @@ class Search:
     def _climb(self, config: ToCaConfig) -> None:
         """To a better neighbour while there is one: better on few samples, on more and on all."""
         order = random.Random(self.seed)
-        best = config
-        while True:
+        best: ToCaConfig | None = config
+        while best is not None:
             around = self.candidates.neighbours(best)
             order.shuffle(around)
-            better = next(
-                (one for one in around if self._worth(one) and self._beats(one, best)), None
-            )
-            if better is None:
-                return
-            best = better
+            at = best
+            worth = (one for one in around if self._worth(one, at))
+            best = next((one for one in worth if self._beats(one, at)), None)
 
-    def _worth(self, config: ToCaConfig) -> bool:
-        """Whether a run can show anything: not where the plan alone tells of too high a cost."""
+    def _worth(self, config: ToCaConfig, best: ToCaConfig) -> bool:
+        """Whether a run can show a gain, as far as plans tell."""
         if self.taken >= self.trials or self.stop():
             return False
-        if self.goal.kind != "cost" or config.residual_threshold is not None:
+        if config.residual_threshold is not None or best.residual_threshold is not None:
             return True
-        return self.candidates.cost(config) <= self.goal.limit * _SLACK
+        cost, own = self.candidates.cost(config), self.candidates.cost(best)
+        if self.goal.kind == "cost":
+            return cost <= self.goal.limit * _SLACK and not _less(config, best)
+        whole = self.score(best, len(PARTS))
+        meets = whole is not None and self.goal.meets(whole)
+        return cost < own if meets else not _less(config, best)
 
     def _beats(self, config: ToCaConfig, best: ToCaConfig) -> bool:
         for parts in range(1, len(PARTS) + 1):
@@ -161,6 +163,13 @@ class Search:
             if mine is None or theirs is None or self.goal.rank(mine) <= self.goal.rank(theirs):
                 return False
         return True
+
+
+def _less(config: ToCaConfig, best: ToCaConfig) -> bool:
+    """Whether it only leaves full steps out."""
+    if config.full_at is None or best.full_at is None:
+        return False
+    return set(config.full_at) < set(best.full_at) and config.forecast == best.forecast
 
 
 def deadline(minutes: float | None) -> Callable[[], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ _THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
 _EVERY = (1, 2, 3)
 _AGES = (0.0, 0.25, 1.0)
 _MOST = 4.0  # times the mean: a factor of a step or a layer
-_NEARBY = 1.3  # a neighbour's error by the additive model, over its origin's, that is still tried
+_SWAPS = 12  # schedules with one full step elsewhere that are tried: those of the least error
+_GAIN = 0.02  # of a full step that fused ones must save; less is noise
 
 
 def fits(sampler: Sampler, config: ToCaConfig, steps: int) -> bool:
@@ -84,7 +86,7 @@ class Candidates:
         self.space, self.probe, self.table, self.steps = space, probe, table, steps
         self._gram = schedule.stack(probe.grams)
         self._every = {name: len(gram) for name, gram in probe.grams.items()}
-        fused = space.fuses and table.fused > 0
+        fused = space.fuses and table.fused > _GAIN * table.full[0]
         self._base = space.idle.replace(full_steps="fused" if fused else "exact")
 
     # --- costs and errors -----------------------------------------------------------------------
@@ -95,18 +97,6 @@ class Candidates:
     def cost(self, config: ToCaConfig) -> float:
         """As planned, over that of the untouched run."""
         return self.table.relative(self.plan(config), config)
-
-    def error(self, config: ToCaConfig) -> float:
-        """By the additive model: what is stale, weighed by the share of tokens that stay so."""
-        if config.full_at is None or config.residual_threshold is not None:
-            return 0.0
-        errors = schedule.schedule_errors(self._gram, config.forecast, config.full_at)
-        plan, total, first = self.plan(config), 0.0, 0
-        for name, layers in self._every.items():
-            stale = 1 - plan.k[name].T / plan.num_tokens[name]
-            total += float((errors[first : first + layers] * stale).sum())
-            first += layers
-        return total / len(errors)
 
     # --- full steps -----------------------------------------------------------------------------
 
@@ -127,6 +117,16 @@ class Candidates:
     def full_steps(self, order: int, slope: float, count: int) -> tuple[int, ...]:
         """The best schedule by the additive model; ValueError if the gaps would be too long."""
         return schedule.best_full_steps(self._gaps(order, slope), count)
+
+    def error(self, full: Sequence[int], order: int) -> float:
+        """Of a schedule, by the additive model: the sum over what lies between its full steps."""
+        gaps, total = self._gaps(order, 0.0), 0.0
+        for at, (f, stop) in enumerate(zip(full, [*full[1:], self.steps], strict=True)):
+            h = f - full[at - 1] if at else 0
+            if max(h, stop - f) > self._longest:
+                return math.inf
+            total += float(gaps[h, f, stop - f])
+        return total
 
     def _least(self) -> int:
         return max(1, -(-self.steps // self._longest))
@@ -195,9 +195,9 @@ class Candidates:
                     one = self._base.replace(forecast=order)
                     found.append(self.scheduled(one, slope, limit))
             if slope == 0:
-                for limit in limits:
-                    found.extend(self._recomputing(limit))
                 found.extend(self._gated())
+        for limit in limits:
+            found.extend(self._recomputing(limit))
         return list(dict.fromkeys(found))
 
     def _recomputing(self, limit: float) -> Iterator[ToCaConfig]:
@@ -247,20 +247,28 @@ class Candidates:
         return True
 
     def _moved(self, config: ToCaConfig) -> Iterator[ToCaConfig]:
+        """One full step less, one more, or one elsewhere: nearby, or where the model likes it."""
         full = config.full_at
         if full is None:
             return
-        own = self.error(config)
+        others = [step for step in range(1, self.steps) if step not in full]
         for step in full[1:]:
-            rest = set(full) - {step}
-            yield config.replace(full_at=tuple(rest))
-            for other in (step - 1, step + 1):
-                if 0 < other < self.steps and other not in full:
-                    one = config.replace(full_at=tuple(rest | {other}))
-                    if self.error(one) <= _NEARBY * own or own == 0:
-                        yield one
-        for step in set(range(1, self.steps)) - set(full):
+            yield config.replace(full_at=tuple(set(full) - {step}))
+        for step in others:
             yield config.replace(full_at=(*full, step))
+        swaps = [
+            (
+                self.error(tuple(sorted({*full, new} - {old})), config.forecast),
+                abs(new - old),
+                new,
+                old,
+            )
+            for old in full[1:]
+            for new in others
+        ]
+        near = [one for one in swaps if one[1] == 1]
+        for *_, new, old in dict.fromkeys([*near, *sorted(swaps)[:_SWAPS]]):
+            yield config.replace(full_at=tuple({*full, new} - {old}))
 
     def _changed(self, config: ToCaConfig) -> Iterator[ToCaConfig]:
         for order in ORDERS:
