@@ -25,11 +25,9 @@ _WHOLE = 64  # steps up to which every gap is looked at
 _REACH = 40  # gaps of longer runs
 
 
-def reach(steps: int, full_steps: int = 0) -> int:
-    """The longest gap between full steps that is looked at; enough for so few of them."""
-    if steps <= _WHOLE:
-        return steps
-    return min(steps, max(_REACH, -(-2 * steps // max(full_steps, 1))))
+def reach(steps: int) -> int:
+    """The longest gap between full steps that is looked at."""
+    return steps if steps <= _WHOLE else _REACH
 
 
 def stale_error(gram: Floats, order: int, h: int, f: int, s: Floats | int) -> Floats:
@@ -99,26 +97,34 @@ def gap_errors(errors: Floats, weights: Floats) -> Floats:
     return found
 
 
-def best_full_steps(gaps: Floats, count: int) -> tuple[int, ...]:
-    """The `count` full steps, step 0 among them, with the least error.
+def best_full_steps(gaps: Floats) -> list[tuple[int, ...] | None]:
+    """The full steps with the least error, step 0 among them: 1 of them, 2 of them, and so on.
+
+    None where the gaps are too short for so few.  Dynamic programming over (distance of the last
+    two full steps, last full step), V_1(0, 0) = 0:
+
+        V_{i+1}(g, f + g) = min over h of V_i(h, f) + E(h, f, g)
+
+    and a run of i full steps ends with the least V_i(h, f) + E(h, f, steps − f).
 
     Args:
         gaps: (h, f, g), of `gap_errors`.
-        count: full steps.
-
-    Dynamic programming over (distance of the last two full steps, last full step):
-    V_{i+1}(d, f + d) = min over h of V_i(h, f) + E(h, f, d).
-
-    Raises:
-        ValueError: fewer than 1 or more full steps than steps, or gaps that are too short for it.
     """
     longest, steps = gaps.shape[0] - 1, gaps.shape[1]
-    if not 1 <= count <= steps:
-        raise ValueError(f"count: expected 1 to {steps} full steps, got {count}")
+    ends = np.full((longest + 1, steps), np.inf)
+    for f in range(max(0, steps - longest), steps):
+        ends[:, f] = gaps[:, f, steps - f]
     value = np.full((longest + 1, steps), np.inf)
     value[0, 0] = 0.0
     choices: list[NDArray[np.int64]] = []
-    for _ in range(count - 1):
+    found: list[tuple[int, ...] | None] = []
+    while True:
+        whole = value + ends
+        h, f = np.unravel_index(whole.argmin(), whole.shape)
+        finite = np.isfinite(whole[h, f])
+        found.append(_traced(choices, int(h), int(f)) if finite else None)
+        if len(found) == steps:
+            return found
         after, chosen = np.full_like(value, np.inf), np.zeros(value.shape, dtype=np.int64)
         for f in range(steps - 1):
             totals = value[:, f, None] + gaps[:, f]  # (h, g)
@@ -127,14 +133,10 @@ def best_full_steps(gaps: Floats, count: int) -> tuple[int, ...]:
             after[g, f + g], chosen[g, f + g] = totals[best[g], g], best[g]
         choices.append(chosen)
         value = after
-    ends = [
-        (value[h, f] + gaps[h, f, steps - f], h, f)
-        for f in range(max(0, steps - longest), steps)
-        for h in range(longest + 1)
-    ]
-    error, h, f = min(ends)
-    if not np.isfinite(error):
-        raise ValueError(f"gaps: expected them to reach over {steps} steps with {count} full ones")
+
+
+def _traced(choices: Sequence[NDArray[np.int64]], h: int, f: int) -> tuple[int, ...]:
+    """The full steps up to f, the one before it at f − h."""
     found = [f]
     for chosen in reversed(choices):
         h, f = int(chosen[h, f]), f - h

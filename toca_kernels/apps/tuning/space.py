@@ -114,9 +114,10 @@ class Candidates:
         return schedule.mean_errors(self._gram, order, self._longest)
 
     @functools.cache  # noqa: B019
-    def full_steps(self, order: int, slope: float, count: int) -> tuple[int, ...]:
-        """The best schedule by the additive model; ValueError if the gaps would be too long."""
-        return schedule.best_full_steps(self._gaps(order, slope), count)
+    def schedules(self, order: int, slope: float) -> list[tuple[int, ...]]:
+        """The best one by the additive model for every number of full steps, few ones first."""
+        found = schedule.best_full_steps(self._gaps(order, slope))
+        return [one for one in found if one is not None]
 
     def error(self, full: Sequence[int], order: int) -> float:
         """Of a schedule, by the additive model: the sum over what lies between its full steps."""
@@ -128,28 +129,24 @@ class Candidates:
             total += float(gaps[h, f, stop - f])
         return total
 
-    def _least(self) -> int:
-        return max(1, -(-self.steps // self._longest))
-
     def scheduled(
         self, config: ToCaConfig, slope: float, limit: float, *, spread: bool = False
     ) -> ToCaConfig:
         """With as many full steps as the limit of cost allows; `spread` distributes the tokens."""
-        low, high = self._least(), self.steps
-        best = self._placed(config, slope, low, spread)
-        while low < high:
-            count = (low + high + 1) // 2
-            one = self._placed(config, slope, count, spread)
-            if self.cost(one) <= limit:
-                low, best = count, one
-            else:
-                high = count - 1
-        return best
+        known = self.schedules(config.forecast, slope)
 
-    def _placed(self, config: ToCaConfig, slope: float, count: int, spread: bool) -> ToCaConfig:
-        full = self.full_steps(config.forecast, slope, count)
-        one = config.replace(full_at=full, step_ratio=(1.0,) * self.steps)
-        return self.spread(one) if spread and one.fresh_ratio else one
+        def placed(at: int) -> ToCaConfig:
+            one = config.replace(full_at=known[at], step_ratio=(1.0,) * self.steps)
+            return self.spread(one) if spread and one.fresh_ratio else one
+
+        low, high = 0, len(known) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.cost(placed(middle)) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return placed(low)
 
     # --- tokens ---------------------------------------------------------------------------------
 
