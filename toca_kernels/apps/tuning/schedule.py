@@ -120,9 +120,8 @@ def best_full_steps(gaps: Floats) -> list[tuple[int, ...] | None]:
     found: list[tuple[int, ...] | None] = []
     while True:
         whole = value + ends
-        h, f = np.unravel_index(whole.argmin(), whole.shape)
-        finite = np.isfinite(whole[h, f])
-        found.append(_traced(choices, int(h), int(f)) if finite else None)
+        h, last = divmod(int(whole.argmin()), steps)
+        found.append(_traced(choices, h, last) if np.isfinite(whole[h, last]) else None)
         if len(found) == steps:
             return found
         after, chosen = np.full_like(value, np.inf), np.zeros(value.shape, dtype=np.int64)

@@ -210,10 +210,14 @@ class Candidates:
                         yield self.scheduled(one, 0.0, limit, spread=every == 1)
 
     def _gated(self) -> Iterator[ToCaConfig]:
-        """The first block decides; the first steps are full, so that a forecast is under way."""
+        """The first block decides; the first steps are full, so that a forecast is under way.
+
+        Nobody selects, but a gated step leaves scores wherever the selector has some: not "random".
+        """
         for order in (1, 0):
             for threshold in _THRESHOLDS:
                 yield self._base.replace(
+                    selector="random",
                     forecast=order,
                     full_at=tuple(range(min(order + 1, self.steps))),
                     step_ratio=(1.0,) * self.steps,
