@@ -36,8 +36,9 @@ def confirm(
     wanted: tuple[str, float] | None,
     started: Callable[[int], object],
     progress: Callable[[int], object],
-) -> tuple[Setting, Mapping[Setting, Times], bool]:
-    """The setting to write, the times of it and of the others, and whether the budget is kept.
+) -> tuple[Setting, Mapping[Setting, Times], float]:
+    """The setting to write, the times of it and of the others, and how much of the budget's speed
+    it has: 1 where the budget is kept.
 
     Args:
         search: what was found.
@@ -50,7 +51,7 @@ def confirm(
         started, progress: are told how many runs there are, and of each that is done.
     """
     if not rounds:
-        return Setting(TUNED, TUNED, best, steps), {}, True
+        return Setting(TUNED, TUNED, best, steps), {}, 1.0
     listed = shortlist(search, best) if wanted else [best]
     timed = [Setting(f"{TUNED} {n}" if n else TUNED, TUNED, c, steps) for n, c in enumerate(listed)]
     base = Setting(UNTOUCHED, UNTOUCHED, None, steps)
@@ -61,17 +62,18 @@ def confirm(
     found = {one: held.times(one, len(requests)) for one in marks}
     times = {one: measured for one, measured in found.items() if measured is not None}
     limit = times[others[0]].speedup if wanted and wanted[0] == "against" else None
-    fitting = [one for one in timed if keeps(times[one], wanted, limit)]
-    chosen = fitting[0] if fitting else max(timed, key=lambda one: times[one].speedup)
+    shares = {one: share(times[one], wanted, limit) for one in timed}
+    fitting = [one for one in timed if shares[one] >= 1]
+    chosen = fitting[0] if fitting else max(timed, key=lambda one: shares[one])
     named = Setting(TUNED, TUNED, chosen.config, steps)
-    return named, {**times, named: times[chosen]}, bool(fitting)
+    return named, {**times, named: times[chosen]}, min(1.0, shares[chosen])
 
 
-def keeps(times: Times, wanted: tuple[str, float] | None, limit: float | None) -> bool:
-    """Whether measured times are within what is wanted; `limit` is the speed-up of the other."""
+def share(times: Times, wanted: tuple[str, float] | None, limit: float | None) -> float:
+    """Speed over what is wanted, at least 1 if it keeps that; `limit`: the other's speed-up."""
     if wanted is None:
-        return True
+        return 1.0
     kind, value = wanted
     if kind == "seconds":
-        return times.seconds <= value
-    return times.speedup >= (value if limit is None else limit)
+        return value / times.seconds
+    return times.speedup / (value if limit is None else limit)

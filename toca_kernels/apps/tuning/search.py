@@ -96,6 +96,10 @@ class Search:
         ranked = self._halve(list(dict.fromkeys([*given, *first])))
         for start in ranked[:_STARTS]:
             self._climb(start)
+        return self.best()
+
+    def best(self) -> ToCaConfig:
+        """The best setting of those that were seen on all samples; ValueError if none was."""
         best = self.whole()
         if not best:
             what = "minutes" if self.stop() else "trials"

@@ -26,7 +26,7 @@ _RATIO = 0.25  # at which the scores of a selector are timed
 
 @dataclass
 class Seconds:
-    """Of single steps, over the rounds."""
+    """Of a step, the median of a run, and of what lies outside of them; one for each round."""
 
     full: list[float] = field(default_factory=list)
     cached: list[float] = field(default_factory=list)
@@ -82,30 +82,46 @@ def runs(space: Space, rounds: int) -> int:
 
 
 def table(counted: CostTable, seconds: Mapping[str, Seconds], untouched: Seconds) -> CostTable:
-    """The costs that follow from medians; see `variants` for the names."""
-    full = [statistics.median(seconds[f"order {order}"].full) for order in ORDERS]
-    cached = [statistics.median(seconds[f"order {order}"].cached) for order in ORDERS]
+    """The costs that follow, whose names are those of `variants`.
+
+    Medians of ratios, since the machine drifts: of full steps to the untouched ones of the same
+    round, of cached steps to the full ones of the same run.
+    """
+    base = statistics.median(untouched.full)
+
+    def full(name: str) -> float:
+        return base * _ratio(seconds[name].full, untouched.full)
+
+    def cached(name: str, whole: float) -> float:
+        return whole * _ratio(seconds[name].cached, seconds[name].full)
+
+    fulls = [full(f"order {order}") for order in ORDERS]
+    reused = [cached(f"order {order}", fulls[order]) for order in ORDERS]
     extra: dict[str, list[tuple[float, float]]] = {}
     scores, fused = {}, 0.0
-    for name, found in seconds.items():
+    for name in seconds:
         kind, _, what = name.partition(" ")
         if kind == "scores":
-            scores[what] = max(0.0, statistics.median(found.full) - full[0])
+            scores[what] = max(0.0, full(name) - fulls[0])
         elif kind == "fused":
-            fused = max(0.0, full[0] - statistics.median(found.full))
+            fused = max(0.0, fulls[0] - full(name))
         elif kind != "order":
-            more = statistics.median(found.cached) - cached[0]
+            more = cached(name, fulls[0]) - reused[0]
             extra.setdefault(kind, []).append((float(what), more))
     return with_seconds(
         counted,
-        outside=statistics.median(untouched.outside),
-        untouched=statistics.median(untouched.full),
-        full=tuple(full),
-        cached=tuple(cached),
+        outside=base * _ratio(untouched.outside, untouched.full),
+        untouched=base,
+        full=tuple(fulls),
+        cached=tuple(reused),
         extra={name: growing(points) for name, points in extra.items()},
         scores=scores,
         fused=fused,
     )
+
+
+def _ratio(some: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(some, others, strict=True))
 
 
 def _time(
@@ -125,20 +141,20 @@ def _time(
             calls = [seconds for watch in watches for seconds in watch.seconds]
             into.full.append(statistics.median(calls) * len(calls) / setting.steps)
             return
-        for one, watch in zip(sessions, watches, strict=True):
-            _sort(one, watch, into)
+        pairs = [_sorted(one, watch) for one, watch in zip(sessions, watches, strict=True)]
+        into.full.append(statistics.median(one for full, _ in pairs for one in full))
+        into.cached.append(statistics.median(one for _, cached in pairs for one in cached))
 
 
-def _sort(session: Session, watch: Watch, into: Seconds) -> None:
-    """Steps of one model into full and cached ones; guidance in calls of its own takes two each."""
+def _sorted(session: Session, watch: Watch) -> tuple[list[float], list[float]]:
+    """(full, cached) steps of one model, but the first; of guidance in calls of its own, both."""
     branches = [b for b in session._run.branches.values() if b.done.seconds]
-    if not branches:
-        return
-    calls = len(branches)
-    for step, full in enumerate(branches[0].done.full_steps()):
-        seconds = sum(watch.seconds[step * calls : (step + 1) * calls])
+    found: tuple[list[float], list[float]] = ([], [])
+    for step, full in enumerate(branches[0].done.full_steps() if branches else ()):
+        calls = watch.seconds[step * len(branches) : (step + 1) * len(branches)]
         if step:
-            (into.full if full else into.cached).append(seconds)
+            found[0 if full else 1].append(sum(calls))
+    return found
 
 
 def _models(target: object) -> list[torch.nn.Module]:
