@@ -1,0 +1,1 @@
+"""The parts of `toca tune`: costs, sensitivity, schedules, the search among them, the report."""
