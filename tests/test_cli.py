@@ -60,7 +60,7 @@ def test_help_names_every_subcommand(capsys):
         main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    for name in ("bench", "check", "sample", "eval", "report", "aot", "backends", "plan"):
+    for name in ("bench", "check", "sample", "eval", "tune", "report", "aot", "plan"):
         assert re.search(rf"^ +{name} ", text, re.MULTILINE)
 
 

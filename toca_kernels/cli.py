@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from . import __version__
 from ._backends import backends
-from .apps import bench, check, report, sample
+from .apps import bench, check, report, sample, tune
 from .apps import eval as evaluation
 from .config import ToCaConfig
 from .flops import BlockShape
@@ -64,6 +64,10 @@ def _parser() -> _Parser:
     evaluating = commands.add_parser("eval", help="quality and speed of a list of settings")
     evaluation.add_arguments(evaluating)
     evaluating.set_defaults(command=evaluation.run)
+
+    tuning = commands.add_parser("tune", help="find the settings of a model for a budget")
+    tune.add_arguments(tuning)
+    tuning.set_defaults(command=tune.run)
 
     reporting = commands.add_parser("report", help="one HTML page of what a run did")
     report.add_arguments(reporting)
