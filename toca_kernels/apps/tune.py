@@ -402,7 +402,7 @@ def _write(args: argparse.Namespace, source: Source, found: Findings) -> None:
     found.lines[0].config.save(args.out)
     beside = args.out.with_suffix(".report.json")
     about = {
-        "command": timing._command(),
+        "command": timing.command(),
         "machine": timing.machine(source.device),
         "target": source.target,
     }
