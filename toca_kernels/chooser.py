@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,14 +32,30 @@ class Chooser:
     """
 
     def __init__(self, branch: Branch) -> None:
-        self.branch = branch
+        # Weakly, and so is the leader: a branch owns its chooser, and large buffers with it.
+        self._branch = weakref.ref(branch)
+        self._leader: weakref.ref[Chooser] | None = None
         self.run = branch.run
         self.selector = SELECTORS[branch.run.config.selector]
-        self.leader: Chooser | None = None
-        self.followers: list[Chooser] = []
+        self._followers: list[weakref.ref[Chooser]] = []
         self.selected: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         self._needs: dict[tuple[str, str], BoolTable] = {}
         self._generator: torch.Generator | None = None
+
+    @property
+    def branch(self) -> Branch:
+        branch = self._branch()
+        assert branch is not None
+        return branch
+
+    @property
+    def followers(self) -> list[Chooser]:
+        found = (one() for one in self._followers)
+        return [one for one in found if one is not None]
+
+    @property
+    def leader(self) -> Chooser | None:
+        return None if self._leader is None else self._leader()
 
     def learn(self, plan: Plan) -> None:
         """The plan is known."""
@@ -71,8 +88,8 @@ class Chooser:
     def follow(self, leader: Chooser) -> None:
         """Select what the branch has selected that is called first in each step."""
         leader = leader.leader or leader
-        self.leader = leader
-        leader.followers.append(self)
+        self._leader = weakref.ref(leader)
+        leader._followers.append(weakref.ref(self))
         leader.part()
 
     def _scores(self, name: str) -> list[Tensor]:
