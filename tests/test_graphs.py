@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toca_kernels as toca
 from dit import random_dit
+from toca_kernels.cache import tensors
 from toca_kernels.graphs import StepGraphs
 from toca_kernels.session import Session
 
@@ -66,8 +67,14 @@ class KernelRecorder:
         """State that the model's steps change: restored, because a real record executes nothing."""
         caches = [cache for caches in self.run._kept.values() for cache in caches]
         tracks = [track for cache in caches for track in cache.tracks.values()]
-        state = [t for track in tracks for t in (*track.features, track.score, track.age)]
-        return [*state, *(t for cache in caches for t in (cache.nan, cache.off_track))]
+        state = [t for track in tracks for one in track.features for t in tensors(one)]
+        state += [
+            t for track in tracks for t in (track.scores, track.score, track.age, track.distance)
+        ]
+        return [
+            *state,
+            *(t for cache in caches for t in (cache.nan, cache.off_track, cache.rounding)),
+        ]
 
 
 @pytest.fixture
@@ -75,9 +82,9 @@ def model():
     return random_dit("S", channels=64, num_heads=4, depth=3, input_size=8)
 
 
-def with_graphs(model, config) -> Session:
+def with_graphs(model, config, mask=None) -> Session:
     recorder = KernelRecorder()
-    session = Session(model, config, STEPS, TIMESTEPS, StepGraphs(recorder))
+    session = Session(model, config, STEPS, TIMESTEPS, StepGraphs(recorder), mask)
     recorder.run = session._run
     session._install(None)
     return session
@@ -102,14 +109,27 @@ CONFIGS = [
         toca.ToCaConfig(interval=4, fresh_ratio=0.3, tabulate_modulation=False), id="no table"
     ),
     pytest.param(toca.ToCaConfig(interval=3, fresh_ratio=0.2, selector="norm"), id="norm"),
+    pytest.param(toca.ToCaConfig(fresh_ratio=0.3, forecast=1), id="forecast 1"),
+    pytest.param(toca.ToCaConfig(interval=2, fresh_ratio=0.3, forecast=2), id="forecast 2"),
+    pytest.param(
+        toca.ToCaConfig(fresh_ratio=0.3, forecast=1, fresh_every=2, full_steps="fused"),
+        id="fused forecast",
+    ),
+    pytest.param(toca.ToCaConfig(fresh_ratio=0.3, selector="similarity"), id="similarity"),
+    pytest.param(
+        toca.ToCaConfig(fresh_ratio=0.3, selector="similarity", cache_dtype="int8"),
+        id="similarity in 8 bits",
+    ),
+    pytest.param(toca.ToCaConfig(fresh_ratio=0.3, selector="mask"), id="mask"),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_replayed_runs_equal_eager_runs(model, config):
-    with toca.enabled(model, config, timesteps=TIMESTEPS):
+    mask = torch.rand(16) if config.selector == "mask" else None
+    with toca.enabled(model, config, timesteps=TIMESTEPS, mask=mask):
         eager = [sample(model, seed) for seed in range(4)]
-    session = with_graphs(model, config)
+    session = with_graphs(model, config, mask)
     for seed, expected in enumerate(eager):
         assert torch.equal(sample(model, seed), expected)
     # By the third run every kind of step was recorded.
@@ -182,6 +202,44 @@ def test_random_selection_is_not_replayed(model):
         assert torch.equal(sample(model), expected)
     assert session._graphs.replayed == 0
     assert "random" in session.summary().graph_fallback
+    toca.disable(model)
+
+
+def test_gated_steps_are_not_replayed(model):
+    config = toca.ToCaConfig(interval=STEPS, residual_threshold=0.5)
+    with toca.enabled(model, config, timesteps=TIMESTEPS):
+        expected = sample(model)
+    session = with_graphs(model, config)
+    for _ in range(3):
+        assert torch.equal(sample(model), expected)
+    assert session._graphs.replayed == 0
+    assert "residual_threshold" in session.summary().graph_fallback
+    toca.disable(model)
+
+
+def sample_apart(model, seed=0):
+    """Guidance in calls of its own."""
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    outputs = []
+    for t in TIMESTEPS:
+        times = torch.full((4,), int(t))
+        both = [model(x, times, torch.full((4,), label)) for label in (1, 1000)]
+        x = x - 0.1 * sum(both)[:, :4]
+        outputs.append(sum(both))
+    return torch.stack(outputs)
+
+
+def test_runs_with_and_without_halves_take_turns(model):
+    """A selection that is shared between calls has other buffers than one of two halves."""
+    config = toca.ToCaConfig(fresh_ratio=0.3, share_cfg_selection=True)
+    with toca.enabled(model, config, timesteps=TIMESTEPS):
+        eager = [(sample(model, seed), sample_apart(model, seed)) for seed in range(4)]
+    session = with_graphs(model, config)
+    for seed, (halves, apart) in enumerate(eager):
+        for _ in range(2):
+            assert torch.equal(sample(model, seed), halves)
+        assert torch.equal(sample_apart(model, seed), apart)
+    assert session._graphs.replayed
     toca.disable(model)
 
 

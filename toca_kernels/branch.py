@@ -204,7 +204,7 @@ class Branch:
         computed = tuple(
             tuple(track.computed) for track in self.cache.tracks.values() if track.forecast
         )
-        return id(self.cache), decided, scores, computed, states[0].modulation is None
+        return self.cache.number, decided, scores, computed, states[0].modulation is None
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -290,6 +290,13 @@ class Branch:
         if cache is not None:
             self.done.nan = int(cache.nan)
             self.done.rounding = _relative(cache.rounding)
+
+    def drop(self) -> None:
+        """The run goes on without this branch."""
+        self.chooser.quit()
+        self.cache = None  # type: ignore[assignment]
+        self.call = None  # type: ignore[assignment]
+        self._modulation.clear()
 
     def has_text(self, text: Any) -> bool:
         """Whether the last step was given the same text, wherever it lay."""

@@ -7,6 +7,7 @@ anything: the plan does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from .ops import ForecastCache, QuantizedCache, select_tokens
 
 Features = Tensor | QuantizedCache | ForecastCache
+
+_numbers = itertools.count()
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -249,6 +252,7 @@ class TokenCache:
         nan: scores that were NaN so far; on the device, as reading it would wait for that.
         rounding: (sum of squared errors, sum of squares) of what 8-bit caches were given, sampled
             in the first layer of each module; on the device.
+        number: its own; an address may be another cache's later.
         added: what the first block added in the last full step, where a config asks for it.
         off_track: whether a step came at another timestep than was announced; on the device.
     """
@@ -279,6 +283,7 @@ class TokenCache:
         self.nan = torch.zeros((), dtype=torch.int64, device=device)
         self.rounding = torch.zeros(2, dtype=torch.float32, device=device)
         self.off_track = torch.zeros((), dtype=torch.bool, device=device)
+        self.number = next(_numbers)
         self.added: Tensor | None = None
         self._modulation: list[Tensor] = []
         self._every: dict[tuple[int, int], Tensor] = {}
@@ -311,7 +316,8 @@ class TokenCache:
         if self.added is None or self.added.shape != added.shape or threshold is None:
             return True
         change = (added - self.added).abs().mean(dtype=torch.float32)
-        return bool(change > threshold * self.added.abs().mean(dtype=torch.float32))
+        near = change <= threshold * self.added.abs().mean(dtype=torch.float32)
+        return not bool(near)  # so NaN is far
 
     def weigh(self, mask: Tensor) -> None:
         """Scores that the user gives, (N,) or (samples, N); modules of other lengths get none."""
@@ -347,7 +353,8 @@ class TokenCache:
     @property
     def other_nbytes(self) -> int:
         every = sum(tensor.nbytes for tensor in self._every.values())
-        return every + sum(track.other_nbytes for track in self.tracks.values())
+        added = 0 if self.added is None else self.added.nbytes
+        return every + added + sum(track.other_nbytes for track in self.tracks.values())
 
     def every(self, B: int, N: int) -> Tensor:
         """(B, N): every token in its own place, which is what a full step scatters."""

@@ -32,12 +32,11 @@ class Chooser:
     """
 
     def __init__(self, branch: Branch) -> None:
-        # Weakly, and so is the leader: a branch owns its chooser, and large buffers with it.
-        self._branch = weakref.ref(branch)
-        self._leader: weakref.ref[Chooser] | None = None
+        self._branch = weakref.ref(branch)  # which owns its chooser, and large buffers with it
         self.run = branch.run
         self.selector = SELECTORS[branch.run.config.selector]
-        self._followers: list[weakref.ref[Chooser]] = []
+        self.leader: Chooser | None = None
+        self.followers: list[Chooser] = []
         self.selected: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         self._needs: dict[tuple[str, str], BoolTable] = {}
         self._generator: torch.Generator | None = None
@@ -47,15 +46,6 @@ class Chooser:
         branch = self._branch()
         assert branch is not None
         return branch
-
-    @property
-    def followers(self) -> list[Chooser]:
-        found = (one() for one in self._followers)
-        return [one for one in found if one is not None]
-
-    @property
-    def leader(self) -> Chooser | None:
-        return None if self._leader is None else self._leader()
 
     def learn(self, plan: Plan) -> None:
         """The plan is known."""
@@ -82,25 +72,39 @@ class Chooser:
     def part(self) -> None:
         """Guidance comes in calls of its own: batches have no halves."""
         if self.branch.cache is not None:
+            self.run.keep_no_more(self.branch.cache)
             for track in self.branch.cache.tracks.values():
                 track.part()
 
     def follow(self, leader: Chooser) -> None:
         """Select what the branch has selected that is called first in each step."""
         leader = leader.leader or leader
-        self._leader = weakref.ref(leader)
-        leader._followers.append(weakref.ref(self))
+        self.leader = leader
+        leader.followers.append(self)
         leader.part()
+
+    def quit(self) -> None:
+        """The branch takes no more steps: its scores rank nobody's tokens, the next one leads."""
+        leader, followers = self.leader, self.followers
+        self.leader, self.followers, self.selected = None, [], {}
+        if leader is not None:
+            leader.followers.remove(self)
+        if followers:
+            first, *others = followers
+            first.leader, first.followers = None, others
+            for other in others:
+                other.leader = first
+
+    def _sharing(self) -> list[Chooser]:
+        """The choosers of all branches that share selections and have a cache, the leader first."""
+        leader = self.leader or self
+        return [one for one in (leader, *leader.followers) if one.branch.cache is not None]
 
     def _scores(self, name: str) -> list[Tensor]:
         """Scores of a module, of all branches that share its selection."""
         own = self.branch.cache.tracks[name].scores
-        found = [
-            other.branch.cache.tracks[name].scores
-            for other in self.followers
-            if other.branch.cache is not None
-        ]
-        return [own, *(scores for scores in found if scores.shape == own.shape)]
+        found = [other.branch.cache.tracks[name].scores for other in self._sharing()]
+        return [scores for scores in found if scores.shape == own.shape]
 
     @property
     def _offset(self) -> float:
@@ -113,14 +117,15 @@ class Chooser:
         return 1 + math.log(2) * shared if self.selector.source == "queries" else 0.0
 
     def rank(self) -> None:
-        """After a step that left scores behind, of this branch or of one that follows it."""
-        leader = self.leader
-        if leader is not None and leader.branch.cache is not None:
-            leader.rank()
-            return
-        for name, track in self.branch.cache.tracks.items():
-            if track.selects and track.rows:
-                rank(track.score, self._scores(name), self._offset)
+        """After a step that left scores behind: of all branches that share them.
+
+        A follower has its own, too: for steps that its leader runs in full or not at all, and for
+        modules that have another number of tokens there.
+        """
+        for one in self._sharing():
+            for name, track in one.branch.cache.tracks.items():
+                if track.selects and track.rows:
+                    rank(track.score, one._scores(name), self._offset)
 
     def _taken_over(self, name: str, track: Track) -> list[bool]:
         """The layers whose selection is the leader's, which it has made in this step."""

@@ -72,7 +72,8 @@ class ToCaConfig:
         layer_ratio: {module: the layer factor of each of its layers}, in place of `layer_slope`.
         fresh_every: after a full step, tokens are recomputed in every fresh_every-th cached step
             and all outputs reused whole in the others. 1 = ToCa. 2 = the alternation of DuCa
-            (arXiv 2412.18911): reuse, then recompute.
+            (arXiv 2412.18911): reuse, then recompute. Full steps are the plan's here, not those
+            that `residual_threshold` adds.
         module_ratio: {module: factor}, keyed by "attn", "cross_attn", "mlp" or by a module of one
             stream ("img_mlp"), which goes before its kind. Modules not named are reused whole.
         round_k_to: k > 0 is rounded up to a multiple of this (at most N), so that k takes few
@@ -81,9 +82,9 @@ class ToCaConfig:
     Which tokens (the score S = s + age_weight * age / interval, paper section 3)
         selector: s. "attention": attention the token received in the last full step, s1.
             "entropy": entropy of its cross-attention, s2. "norm": values that are small rank high
-            (DuCa). "similarity": 1 - cosine of what its module returned in the last two full
-            steps, so what changes most ranks high. "random" (DuCa's second version). "mask": the
-            weights that `enable(..., mask=)` gives.
+            (DuCa). "similarity": 1 - cosine of what its module returned in the last full step
+            and what was cached until then, so where the cache was worst ranks high. "random"
+            (DuCa's second version). "mask": the weights that `enable(..., mask=)` gives.
         age_weight: w3, weight of the steps since the token was last computed, s3. `interval` is
             N0 here, also where the period varies.
         grid: side of the square cells in which the best token gets the bonus, s4. 1 = off.

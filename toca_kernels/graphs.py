@@ -93,6 +93,8 @@ class StepGraphs:
         selector = branch.run.config.selector
         if SELECTORS[selector].source == "drawn":
             self.fallback = f"selector {selector!r} draws new numbers in every step"
+        if branch.run.config.residual_threshold is not None:
+            self.fallback = "residual_threshold decides in the middle of a step what it computes"
         kind = None if self.fallback else branch.kind()
         if kind is None:
             return branch.forward(forward, args, kwargs)

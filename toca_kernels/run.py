@@ -62,7 +62,7 @@ class Run:
         self.record_selections = False
         self.mask = mask
         self.graphs: Graphs | None = None
-        self.branches: dict[object, Branch] = {}
+        self._branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
         partial = config.self_attention == "partial"
         selector = SELECTORS[config.selector]
@@ -94,6 +94,8 @@ class Run:
                 f"full_steps: expected 'exact' with selector {config.selector!r}, which compares "
                 "what modules return, got 'fused'"
             )
+        if mask is not None:
+            check_mask(mask)
         if (mask is None) != (selector.source != "given"):
             raise ValueError(
                 "mask: expected the weights of the tokens with selector='mask', and none with "
@@ -103,6 +105,24 @@ class Run:
         steps = num_steps or len(config.step_ratio or ()) or 1000
         # Refuses settings that do not fit the model.
         self._make_plan(steps, dict.fromkeys(self.layers, 4096))
+
+    @property
+    def branches(self) -> Mapping[object, Branch]:
+        """The guidance branches of the run, by what tells them apart."""
+        return self._branches
+
+    @branches.setter
+    def branches(self, branches: Mapping[object, Branch]) -> None:
+        stay = set(map(id, branches.values()))
+        gone = [branch for branch in self._branches.values() if id(branch) not in stay]
+        self._branches = dict(branches)
+        for branch in gone:  # else its caches would lie there until cycles are collected
+            branch.drop()
+
+    def keep_no_more(self, cache: TokenCache) -> None:
+        """A cache whose buffers have been replaced: no recorded step holds for it."""
+        for kept in self._kept.values():
+            kept[:] = [one for one in kept if one is not cache]
 
     def begin(self, timesteps: Sequence[float]) -> None:
         """A run is announced; with its first call the last one's branches are forgotten."""
@@ -312,6 +332,13 @@ class Run:
             return False
         direction = branch.last - branch.first
         return direction != 0 and (timestep - branch.last) * direction < 0
+
+
+def check_mask(mask: object) -> None:
+    """Refuse what cannot be the weights of tokens."""
+    if not isinstance(mask, Tensor) or mask.ndim not in (1, 2):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask: expected a tensor, (N,) or (samples, N), got {shape}")
 
 
 def _eager() -> contextlib.AbstractContextManager[object]:

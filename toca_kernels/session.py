@@ -18,7 +18,7 @@ from .flops import Flops
 from .graphs import CudaGraphs, StepGraphs
 from .plan import check_integer, module_kind
 from .recorder import Recorder
-from .run import Run
+from .run import Run, check_mask
 from .scheduler import Follower
 from .summary import Summary
 
@@ -102,7 +102,10 @@ class Session:
     def mask(self, value: Tensor) -> None:
         if self._run.mask is None:
             raise ValueError("mask: expected a model enabled with selector='mask' and a mask")
+        check_mask(value)
         self._run.mask = value
+        for other in self.others:
+            other.mask = value
 
     @property
     def selections(self) -> list[Tensor | None]:

@@ -242,9 +242,11 @@ class Block:
 
     def added(self, args: Any, kwargs: Any, out: Any) -> Tensor:
         """What the block has added to its hidden states, (B, N, C)."""
-        given = inspect.signature(self._own_forward).bind(*args, **kwargs).arguments
+        own = getattr(self.block, "_orig_mod", self.block)  # of one that torch.compile has wrapped
+        given = inspect.signature(type(own).forward).bind(own, *args, **kwargs).arguments
         x: Tensor = next(given[name] for name in ("hidden_states", "x", "img") if name in given)
-        like = [one for one in pytree.tree_leaves(out) if one.shape == x.shape]
+        leaves = [one for one in pytree.tree_leaves(out) if isinstance(one, Tensor)]
+        like = [one for one in leaves if one.shape == x.shape]
         if not like:
             raise ValueError(
                 f"residual_threshold: expected {type(self.block).__name__} to return hidden states "

@@ -314,7 +314,7 @@ def write_rows(features: Features, rows: Tensor, index: Tensor) -> None:
     """features[b, index[b, j]] = rows[b, j]."""
     places = index[:, :, None].expand(-1, -1, rows.shape[2])
     if isinstance(features, Tensor):
-        features.scatter_(1, places, rows)
+        features.scatter_(1, places, rows.to(features.dtype))  # under autocast they may differ
     elif isinstance(features, ForecastCache):
         tensors = (features.values, *features.slopes)
         taken = [one.gather(1, places) for one in tensors]

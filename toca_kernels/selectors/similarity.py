@@ -1,4 +1,4 @@
-"""What changed most between two full steps ranks high."""
+"""Where the cache was worst when a full step came ranks high."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from .selector import Selector
 
 
 class Similarity(Selector):
-    """s_n = 1 - cos(new_n, old_n), of what the module itself returned; alike after the first."""
+    """s_n = 1 - cos(new_n, old_n): what the module returned, and what was cached until then.
+
+    Rows that were recomputed since, or are extrapolated well, rank low.  After the first full step
+    all tokens are alike.
+    """
 
     name = "similarity"
     source = "output"
