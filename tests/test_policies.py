@@ -5,6 +5,7 @@ The measure is a naive implementation in plain torch (models.NaiveToCa), in floa
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,11 +99,44 @@ def test_the_gate_decides_by_the_first_block(model):
     full = [selected is None for selected in session.selections]
     assert full == [drift > config.residual_threshold for drift in found]
     assert 1 < sum(full) < STEPS
+    assert_gated_like_the_naive(model, session, config, full)
     branch = next(iter(session._run.branches.values()))
     for step, k in enumerate(branch.done.k):
         rest = [64, 64] if full[step] else [19, 19]
         assert k["mlp"] == [64, *rest]
         assert k["attn"] == ([64] * 3 if full[step] else [64, 0, 0])
+
+
+def assert_gated_like_the_naive(model, session, config, full):
+    """What the naive ToCa selects whose first layer is always full, and all where ours are."""
+    copied, state = NaiveToCa.on(model, config, STEPS, (8, 8))
+    state.full = np.repeat(np.array(full)[:, None], 3, axis=1)
+    state.full[:, 0] = True
+    sample(copied, STEPS)
+    for step, ours in enumerate(session.selections):
+        assert ours is None or torch.equal(ours, torch.stack(state.fresh[step])), step
+
+
+def test_the_gate_compares_with_the_latest_full_step(model):
+    """Also where that was the plan's."""
+    config = CONFIG.replace(interval=3, residual_threshold=1.0)
+    held, drift = None, []
+
+    def hook(module, args, kwargs, out):
+        nonlocal held
+        added = out - (args[0] if args else kwargs["hidden_states"])
+        far = held is None or (added - held).abs().mean() > held.abs().mean()
+        planned = len(drift) % 3 == 0
+        drift.append(bool(far or planned))
+        if drift[-1]:
+            held = added.clone()
+
+    handle = blocks_of(model)[0].register_forward_hook(hook, with_kwargs=True)
+    _, session = run(model, config)
+    handle.remove()
+    assert [selected is None for selected in session.selections] == drift
+    assert 3 < sum(drift) < STEPS
+    assert_gated_like_the_naive(model, session, config, drift)
 
 
 def test_a_gate_that_lets_nothing_pass_is_the_untouched_model(model):
@@ -257,25 +291,66 @@ def test_a_forecast_keeps_one_tensor_more_for_each_order(model):
     assert sizes[2] == 3 * sizes[0]
 
 
-@pytest.mark.parametrize("name", list(PIPELINES))
-def test_forecasts_in_every_family(name):
-    """Every token recomputed: only attention and its like are extrapolated, by blocks' own code
-    or through the ops; a second run is the first, and a linear drift is followed."""
+FULL_AT, RUN = (0, 2, 3), 7
+
+
+def outputs_of_taps(session, call):
+    """(what the call returns, by tap: what its module handed out in each call of the model)."""
+    seen, handles = {}, []
+    for number, block in enumerate(session._blocks):
+        for tapped in block.taps:
+            tap = tapped.tap
+            if tap.cached not in ("whole", "rows") or tap.inside or not tap.outputs:
+                continue
+            if not all(name in block.modules for name in tap.outputs):
+                continue
+
+            def keep(module, args, out, key=(number, tap.outputs)):
+                parts = out if isinstance(out, tuple) else (out,)
+                tensors = [part.double() for part in parts if torch.is_tensor(part)]
+                seen.setdefault(key, []).append(tensors)
+
+            handles.append(tap.module.register_forward_hook(keep))
+    result = call()
+    for handle in handles:
+        handle.remove()
+    return result, seen
+
+
+def extrapolated(outputs, order):
+    """What the steps between must hand out, from the full steps 0, 2 and 3."""
+    first, slope = outputs[0], (outputs[2] - outputs[0]) / 2
+    latest, newer = outputs[3], outputs[3] - outputs[2]
+    expected = {1: first}
+    for step in range(4, RUN):
+        d = step - 3
+        curve = d * d / 2 * (newer - slope) if order == 2 else 0
+        expected[step] = latest + d * newer + curve
+    return expected
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan22"])
+def test_forecasts_in_every_family(name, order):
+    """By the formula where hooks make all blocks run their own code; and the ops agree."""
     tiny = PIPELINES[name]
     pipe = tiny()
-    untouched = tiny.call(pipe, STEPS)
-    settings = {"interval": 2, "fresh_ratio": 0.3, "selector": "random"}
-    results = []
-    for order in (0, 1, 2):
-        config = ToCaConfig(forecast=order, **settings)
-        with toca.enabled(pipe, config) as session:
-            results.append(tiny.call(pipe, STEPS))
-            assert session.summary().cached_steps > 0
-            assert torch.equal(tiny.call(pipe, STEPS), results[-1])
-    assert all(torch.isfinite(result).all() for result in results)
-    assert not torch.equal(results[0], results[1])
-    assert not torch.equal(results[1], results[2])
-    assert torch.equal(tiny.call(pipe, STEPS), untouched)
+    untouched = tiny.call(pipe, RUN)
+    config = ToCaConfig(full_at=FULL_AT, fresh_ratio=0.0, forecast=order, selector="random")
+    with toca.enabled(pipe, config) as session:
+        result = tiny.call(pipe, RUN)
+        hooked, seen = outputs_of_taps(session, lambda: tiny.call(pipe, RUN))
+        assert torch.equal(tiny.call(pipe, RUN), result)
+    assert (hooked - result).norm() <= 1e-5 * result.norm()
+    assert torch.equal(tiny.call(pipe, RUN), untouched)
+    assert seen
+    per_step = len(tiny.calls)  # guidance branches with calls of their own
+    for outputs in seen.values():
+        assert len(outputs) == RUN * per_step
+        for branch in range(per_step):
+            for part in zip(*outputs[branch::per_step], strict=True):
+                for step, want in extrapolated(part, order).items():
+                    assert (part[step] - want).norm() <= 1e-5 * want.norm(), step
 
 
 def test_eight_bits_drown_a_forecast():
