@@ -146,7 +146,7 @@ class Chooser:
         """Whether the step must leave scores behind, for others to read."""
         if not self.selector.left_by_full_steps:
             return False
-        if self.branch.forced or self.run.config.residual_threshold is not None:
+        if self.branch.forced:
             return True
         return any(
             self._needs[source, name][self.branch.position, block.layers[name]]
