@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/speed.md and docs/gpu.md from benchmarks/results.
+"""Write the tables of README.md and of pages in docs/ from benchmarks/results.
 
 A page names a result as <!-- results: block_b --> or, of a GPU, <!-- results: gpu/block -->.
 
@@ -19,7 +19,10 @@ from timing import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "gpu.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "gpu", "quality")),
+)
 
 COLUMNS: dict[str, dict[str, str]] = {
     "block": {
@@ -88,6 +91,19 @@ COLUMNS: dict[str, dict[str, str]] = {
         "fused, graphed speed-up": ".2f",
         "graphed speed-up": ".2f",
         "graphed efficiency": ".0%",
+    },
+    "eval": {
+        "name": "",
+        "policy": "",
+        "flops_ratio": ".2f",
+        "speedup": ".2f",
+        "psnr": ".1f",
+        "ssim": ".4f",
+        "fid_all": ".3f",
+        "sfid_all": ".3f",
+        "precision_all": ".3f",
+        "recall_all": ".3f",
+        "accuracy": ".1%",
     },
 }
 

@@ -292,6 +292,7 @@ def _write(
     stored.save_json(
         args.out / "results.json",
         {
+            "benchmark": "eval",
             "command": timing.command(),
             "machine": timing.machine(source.device),
             "target": source.target,
