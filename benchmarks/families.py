@@ -1,10 +1,10 @@
 """One block of each family at its real shape: a full step, a cached one, and the latter naively.
 
 A diffusers model of one or two layers with random weights gives the blocks what they are called
-with; they alone are run and timed, on fixed hidden states.  How many tokens a cached step
-recomputes is what the family's preset says on average, without its slopes over layers and steps;
---ratio sets k/N of every module that selects.  No time is reported before the cached step and
-the naive one agree.
+with, but for Open-Sora's, which are of stdit3.py; they alone are run and timed, on fixed hidden
+states.  How many tokens a cached step recomputes is what the family's preset says on average,
+without its slopes over layers and steps; --ratio sets k/N of every module that selects.  No time is
+reported before the cached step and the naive one agree.
 
     python benchmarks/families.py --json benchmarks/results/families.json
     python benchmarks/families.py --device cuda --ratio preset 0.1 0.3 --compile
@@ -16,18 +16,19 @@ import argparse
 import copy
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import naive_families as naive
 import timing
 import toca_kernels as toca
-from family_blocks import FAMILIES, Family, Stack, arguments_of, build, inputs_of, through
+from family_blocks import FAMILIES, Family, Stack, stack_of, through
 
 try:
     from tqdm import tqdm
@@ -40,6 +41,7 @@ except ImportError:  # a bar is all that is missed
 STEPS = 1000  # of a run: more than are timed
 DRIFT = 0.1  # of the hidden states between the full step and the cached one that is checked
 MOST_IN_A_TURN = 5
+FRAMES = 4  # of a video of fewer tokens than a frame has
 MIB = 2**20
 
 
@@ -54,15 +56,9 @@ class Case:
         self.grid = _grid(family, args.tokens, args.device)
         self.text, self.depth = args.text or family.text, args.depth or family.depth
         dtype = timing.DTYPES[args.dtype]
-        model = build(family, args.heads, self.depth, args.device)
-        nn.Module.to(model, args.device, dtype)  # diffusers' own warns
-        inputs = _moved(inputs_of(family, self.grid, self.text), args.device, dtype)
-        name = "single_transformer_blocks" if family.peer == "single" else "transformer_blocks"
-        name = name if hasattr(model, name) else "blocks"
-        blocks = getattr(model, name)[: self.depth]
-        arguments = arguments_of(model, blocks[0], inputs)
-        self.stack = Stack(name, blocks, arguments, model.config).eval()
-        self.call = (inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
+        self.stack, self.call = stack_of(
+            family, self.grid, self.text, args.heads, self.depth, args.device, dtype
+        )
 
     def full(self) -> tuple[Tensor, ...]:
         return self.stack(*self.call)
@@ -94,17 +90,9 @@ def _grid(family: Family, tokens: int | None, device: str) -> tuple[int, ...]:
     frame = family.grid[-2] * family.grid[-1]
     if len(family.grid) == 3 and tokens >= frame:
         return (tokens // frame, *family.grid[1:])
-    side = naive.image_side(tokens)
-    return (*(1 for _ in family.grid[:-2]), side, side)
-
-
-def _moved(inputs: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: move(one) for name, one in value.items()}
-        return value.to(device, dtype) if isinstance(value, Tensor) else value
-
-    return {name: move(value) for name, value in inputs.items()}
+    frames = [min(FRAMES, tokens) for _ in family.grid[:-2]]
+    side = naive.image_side(tokens // math.prod(frames))
+    return (*frames, side, side)
 
 
 class Ours:
@@ -128,15 +116,19 @@ class Naive:
         self.stack, self.peer = case.stack, naive.PEERS[case.family.peer]
         self.body = self.peer.step
         found = naive.outputs_of(case.full, [self.peer.kept(b) for b in self.stack.blocks_in_turn])
-        tokens = naive.tokens_of(found[0])
+        tokens = {name: N for out in found for name, N in naive.tokens_of(out).items()}
         plan = config.plan(num_steps=2, num_layers=1, num_tokens=tokens, modules=list(tokens))
         self.k = {name: int(k[1, 0]) for name, k in plan.k.items()}
         self.ratio = {name: k / tokens[name] for name, k in self.k.items() if k}
         grid = naive.grid_of(case.grid, config.grid, config.bonus)
         shared = config.share_cfg_selection
         self.caches = [
-            naive.Cache(out, self.k, config.age_step, grid, config.bonus, shared) for out in found
+            naive.Cache(out, self._k_of(out), config.age_step, grid, config.bonus, shared)
+            for out in found
         ]
+
+    def _k_of(self, out: Mapping[str, Tensor]) -> dict[str, int]:
+        return {name: k for name, k in self.k.items() if name in out}
 
     def __call__(self) -> tuple[Tensor, ...]:
         caches = iter(self.caches)
@@ -157,20 +149,21 @@ class Naive:
 def check(case: Case, ours: Ours, peer: Naive) -> None:
     """No time is reported for a wrong result: both recompute the same tokens of a state that has
     moved on since the full step.  What is compared is what the blocks add."""
-    stacks, hidden = (case.stack, ours.stack), case.stack.arguments["hidden_states"]
+    stacks, hidden = (case.stack, ours.stack), case.stack.arguments[case.stack.hidden]
     ours.session.record_selections = True
     ours()
     moved = hidden + DRIFT * torch.randn_like(hidden)
     for stack in stacks:
-        stack.arguments["hidden_states"] = moved
+        stack.arguments[stack.hidden] = moved
     have = ours()
     for name in peer.ratio:
-        for layer, mask in enumerate(ours.session.selections_of(name)[-1]):
-            peer.caches[layer].chosen[name] = naive.indices(mask, case.device)
+        caches = [cache for cache in peer.caches if name in cache.k]
+        for cache, mask in zip(caches, ours.session.selections_of(name)[-1], strict=True):
+            cache.chosen[name] = naive.indices(mask, case.device)
     want = peer()
     given = (moved, case.stack.arguments.get("encoder_hidden_states"))
     for stack, cache in itertools.product(stacks, peer.caches):
-        stack.arguments["hidden_states"] = hidden
+        stack.arguments[stack.hidden] = hidden
         cache.chosen.clear()
     ours.session.record_selections = False
     for a, b, before in zip(have, want, given, strict=False):

@@ -1,4 +1,4 @@
-"""The blocks that families.py times: real shapes, and diffusers models that give the inputs."""
+"""The blocks that families.py times: real shapes, and models that give the inputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stdit3 import RotaryEmbedding, STDiT3Block
+
 
 @dataclass(frozen=True)
 class Family:
@@ -19,6 +21,7 @@ class Family:
     Attributes:
         label: for tables.
         model: diffusers' class; settings: its arguments, with `layers` of which the block is one.
+            STDiT3 is of stdit3.py: its "block" is a pair of a spatial and a temporal one.
         layers: the argument that counts them; spare: how many more the model needs, to be left out.
         peer: which cached step of naive_families.py is its own.
         preset: whose ratios it gets.
@@ -98,6 +101,17 @@ FAMILIES = {
         512,
         cpu_grid=(5, 30, 52),
     ),
+    "stdit3-480p": Family(
+        "Open-Sora 1.2 480p, pair",
+        "STDiT3",
+        {"num_attention_heads": 16, "attention_head_dim": 72},
+        "stdit3",
+        "opensora-rflow30",
+        (15, 30, 53),
+        300,
+        batch=2,
+        depth=1,
+    ),
     "sd3.5-medium": Family(
         "SD3.5-medium 1024",
         "SD3Transformer2DModel",
@@ -126,6 +140,80 @@ FAMILIES = {
 # --- a family's blocks, and what they are called with --------------------------------------------
 
 
+Call = tuple[Tensor, Tensor, Tensor]  # what a model is called with: latents, timestep, text
+
+
+def stack_of(
+    family: Family,
+    grid: tuple[int, ...],
+    text: int,
+    heads: int | None,
+    depth: int,
+    device: str,
+    dtype: torch.dtype,
+) -> tuple[Stack, Call]:
+    """A family's blocks on their arguments, and how their session is called."""
+    if family.model == "STDiT3":
+        return _pairs(family, grid, text, heads, depth, device, dtype)
+    model = build(family, heads, depth, device)
+    nn.Module.to(model, device, dtype)  # diffusers' own warns
+    inputs = _moved(inputs_of(family, grid, text), device, dtype)
+    name = "single_transformer_blocks" if family.peer == "single" else "transformer_blocks"
+    name = name if hasattr(model, name) else "blocks"
+    blocks = getattr(model, name)[:depth]
+    stack = Stack({name: blocks}, arguments_of(model, blocks[0], inputs), model.config)
+    call = (inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
+    return stack.eval(), call
+
+
+def _pairs(
+    family: Family,
+    grid: tuple[int, ...],
+    text: int,
+    heads: int | None,
+    depth: int,
+    device: str,
+    dtype: torch.dtype,
+) -> tuple[Stack, Call]:
+    """Spatial and temporal blocks of STDiT3 in turn; both guidance halves have a whole text."""
+    head_dim, heads = family.settings["attention_head_dim"], heads or _heads(family)
+    B, C, T, S = family.batch, heads * head_dim, grid[0], grid[1] * grid[2]
+    with torch.device(device):
+        turn = RotaryEmbedding(head_dim).rotate_queries_or_keys
+        spatial = [STDiT3Block(C, heads) for _ in range(depth)]
+        temporal = [STDiT3Block(C, heads, rope=turn, temporal=True) for _ in range(depth)]
+    lists = {
+        "spatial_blocks": nn.ModuleList(spatial),
+        "temporal_blocks": nn.ModuleList(temporal),
+    }
+    generator = torch.Generator().manual_seed(1)
+    arguments = {
+        "x": torch.randn(B, T * S, C, generator=generator),
+        "y": torch.randn(1, B * text, C, generator=generator),
+        "t": torch.randn(B, 6 * C, generator=generator),
+        "mask": [text] * B,
+        "T": T,
+        "S": S,
+    }
+    stack = Stack(lists, _moved(arguments, device, dtype), patch_size=(1, 2, 2))
+    video = torch.zeros(B, 4, T, 2 * grid[1], 2 * grid[2], device=device, dtype=dtype)
+    call = (video, torch.full((B,), 0.5, device=device), stack.arguments["y"])
+    return randomize(stack.requires_grad_(False).to(device, dtype)).eval(), call
+
+
+def _heads(family: Family) -> int:
+    return family.settings["num_attention_heads"]
+
+
+def _moved(inputs: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: move(one) for name, one in value.items()}
+        return value.to(device, dtype) if isinstance(value, Tensor) else value
+
+    return {name: move(value) for name, value in inputs.items()}
+
+
 def build(family: Family, heads: int | None, depth: int, device: str) -> nn.Module:
     """The model with random weights; `heads` makes it narrower, with heads of the same size."""
     try:
@@ -136,7 +224,7 @@ def build(family: Family, heads: int | None, depth: int, device: str) -> nn.Modu
             "installed; pip install 'toca_kernels[examples]'"
         ) from None
     settings = family.settings | {family.layers: depth + family.spare}
-    head_dim, whole = settings.get("attention_head_dim", 128), settings["num_attention_heads"]
+    head_dim, whole = settings.get("attention_head_dim", 128), _heads(family)
     heads = heads or whole
     settings |= {"num_attention_heads": heads, "attention_head_dim": head_dim}
     if "ffn_dim" in settings:
@@ -233,16 +321,39 @@ def arguments_of(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -> 
 
 
 class Stack(nn.Module):
-    """Blocks of a model on fixed arguments; embeddings and the last layer are left out."""
+    """Blocks of a model on fixed arguments; embeddings and the last layer are left out.
 
-    def __init__(self, name: str, blocks: nn.ModuleList, arguments: dict[str, Any], config: Any):
+    Attributes:
+        lists: the model's lists of blocks, of which one each runs in turn.
+        arguments: what a block is called with, the hidden states first.
+        config, patch_size: the model's, as far as it has them.
+    """
+
+    def __init__(
+        self,
+        lists: dict[str, nn.ModuleList],
+        arguments: dict[str, Any],
+        config: Any = None,
+        patch_size: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
-        setattr(self, name, blocks)
-        self.name, self.arguments, self.config = name, arguments, config
+        for name, blocks in lists.items():
+            setattr(self, name, blocks)
+        self.names, self.arguments = tuple(lists), arguments
+        self.config, self.patch_size = config, patch_size
 
     @property
-    def blocks_in_turn(self) -> nn.ModuleList:
-        return getattr(self, self.name)
+    def lists(self) -> dict[str, nn.ModuleList]:
+        return {name: getattr(self, name) for name in self.names}
+
+    @property
+    def blocks_in_turn(self) -> list[nn.Module]:
+        return [block for one_each in zip(*self.lists.values(), strict=True) for block in one_each]
+
+    @property
+    def hidden(self) -> str:
+        """The name of the hidden states among the arguments."""
+        return next(iter(self.arguments))
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
@@ -253,21 +364,21 @@ class Stack(nn.Module):
     def twin(self) -> Stack:
         """Other modules with the same weights."""
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
-        blocks = copy.deepcopy(self.blocks_in_turn, shared)
-        return Stack(self.name, blocks, dict(self.arguments), self.config).eval()
+        lists = copy.deepcopy(self.lists, shared)
+        return Stack(lists, dict(self.arguments), self.config, self.patch_size).eval()
 
 
 def through(
     blocks: Any, step: Callable[[Any, dict[str, Any]], Any], arguments: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """Block by block; (hidden states,) or (hidden states, text)."""
-    given = dict(arguments)
+    given, hidden = dict(arguments), next(iter(arguments))
     for block in blocks:
         out = step(block, given)
         if isinstance(out, Tensor):
-            given["hidden_states"] = out
+            given[hidden] = out
         else:
-            given["encoder_hidden_states"], given["hidden_states"] = out
+            given["encoder_hidden_states"], given[hidden] = out
     if isinstance(out, Tensor):
         return (out,)
-    return given["hidden_states"], given["encoder_hidden_states"]
+    return given[hidden], given["encoder_hidden_states"]

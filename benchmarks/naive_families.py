@@ -1,4 +1,4 @@
-"""Cached steps of diffusers' blocks in plain torch: the peers that families.py times.
+"""Cached steps of the families' blocks in plain torch: the peers that families.py times.
 
 As one would write them with care and without kernels: what is reused is not computed, norms run on
 the selected rows only, keys and values of the text are kept, torch.topk instead of a sort, no sync.
@@ -167,6 +167,23 @@ def wan(block: Any, cache: Cache, hidden_states: Tensor, temb: Tensor) -> Tensor
     return (x.float() + mlp.float() * gate).type_as(x)
 
 
+def stdit3(block: Any, cache: Cache, x: Tensor, t: Tensor, T: int, S: int) -> Tensor:
+    """Open-Sora: spatial or temporal attention and cross-attention are reused whole."""
+    kind = _kind(block)
+    modulation = block.scale_shift_table + t.unflatten(1, (6, -1))
+    _, _, gate_a, shift, scale, gate = modulation.chunk(6, dim=1)
+    attn = cache.out[f"{kind}_attn"]  # (B T, S, C), or (B S, T, C), which is read as it lies
+    if block.temporal:
+        attn = attn.unflatten(0, (-1, S)).transpose(1, 2)
+    else:
+        attn = attn.unflatten(0, (-1, T))
+    x = (x.unflatten(1, (T, S)) + gate_a[:, None] * attn).flatten(1, 2)
+    x = x + cache.out[f"{kind}_cross_attn"]
+    index = cache.select(f"{kind}_mlp")
+    rows = block.norm2(taken(x, index)) * (1 + scale) + shift
+    return x + gate * cache.write(f"{kind}_mlp", index, block.mlp(rows))
+
+
 # --- which modules of a block leave what ----------------------------------------------------------
 
 
@@ -175,6 +192,15 @@ def _double_kept(block: Any) -> Kept:
     mlps = (getattr(block, name) for name in names)
     kept = [(mlp, (name,)) for mlp, name in zip(mlps, ("img_mlp", "txt_mlp"), strict=True)]
     return [(block.attn, ("img_attn", "txt_attn")), *kept]
+
+
+def _kind(block: Any) -> str:
+    return "temporal" if block.temporal else "spatial"
+
+
+def _stdit3_kept(block: Any) -> Kept:
+    names = ("attn", "cross_attn", "mlp")
+    return [(getattr(block, name), (f"{_kind(block)}_{name}",)) for name in names]
 
 
 @dataclass(frozen=True)
@@ -208,6 +234,7 @@ PEERS = {
         ("hidden_states", "temb"),
         lambda b: [(b.attn1, ("attn",)), (b.attn2, ("cross_attn",)), (b.ffn, ("mlp",))],
     ),
+    "stdit3": Peer(stdit3, ("x", "t", "T", "S"), _stdit3_kept),
 }
 
 

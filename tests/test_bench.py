@@ -327,15 +327,24 @@ def test_tables_leave_out_what_is_missing():
 # --- the scripts ---------------------------------------------------------------------------------
 
 
-FAMILIES = ("flux-double", "flux-single", "pixart-1024", "wan-1.3b", "sd3.5-medium", "qwen-image")
+FAMILIES = (
+    "flux-double",
+    "flux-single",
+    "pixart-1024",
+    "wan-1.3b",
+    "sd3.5-medium",
+    "qwen-image",
+    "stdit3-480p",
+)
 
 
 @pytest.fixture
 def tiny_family(request):
     """A family's blocks, few and narrow, with its session and its peer."""
-    diffusers()
     import families
 
+    if families.FAMILIES[request.param].model != "STDiT3":  # whose blocks are of benchmarks/
+        diffusers()
     tiny = "--tokens 64 --text 8 --heads 2 --dtype float32 --depth 2"
     with torch.no_grad():
         case = families.Case(families.FAMILIES[request.param], families.arguments(tiny.split()))
@@ -363,6 +372,24 @@ def test_a_peer_that_forgets_its_fresh_rows_gets_no_time(tiny_family, monkeypatc
     )
     with pytest.raises(SystemExit, match="differs from plain torch"):
         families.check(*tiny_family)
+
+
+@pytest.mark.parametrize("tiny_family", ["stdit3-480p"], indirect=True)
+def test_flops_of_a_spatial_and_a_temporal_block(tiny_family):
+    """A token attends to its frame in the one and to its place in all frames in the other."""
+    import families
+
+    families.check(*tiny_family)
+    case, ours, peer = tiny_family
+    (T, rows, cols), C = case.grid, case.stack.arguments["x"].shape[2]
+    assert (T, rows * cols, len(case.stack.blocks_in_turn)) == (4, 16, 2 * case.depth)
+    samples = case.family.batch * case.depth
+    linears, mlp = 2 * (3 + 1 + 2 + 8) * C**2, 2 * 8 * C**2  # keys of the text are not counted
+    full = samples * T * rows * cols * (2 * linears + 4 * C * (T + rows * cols))
+    cached = samples * sum(peer.k.values()) * mlp
+    assert set(peer.ratio) == {"spatial_mlp", "temporal_mlp"}
+    done = ours.session.summary()
+    assert (done.flops_full, done.flops_done) == (2 * full, full + cached)
 
 
 def test_families_without_diffusers(monkeypatch):

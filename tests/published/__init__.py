@@ -1,8 +1,8 @@
 """Tiny models of the structure of published repositories, own code, for the tests of adapters.
 
 What an adapter can see is theirs: names of modules and arguments, what blocks are called with and
-what they compute.  Parts that PixArt-alpha and Open-Sora share are here; xformers and timm are not
-needed, so packed text is attended to one sample after the other.
+what they compute.  Parts that PixArt-alpha and Open-Sora share are here, but for those of a block,
+which are in benchmarks/stdit3.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stdit3 import Mlp, t2i_modulate
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -47,53 +48,6 @@ def positions_2d(rows: int, cols: int, channels: int) -> Tensor:
     row = waves(torch.arange(rows), channels // 2)[:, None].expand(-1, cols, -1)
     col = waves(torch.arange(cols), channels // 2)[None].expand(rows, -1, -1)
     return torch.cat([row, col], dim=-1).reshape(1, rows * cols, channels)
-
-
-def t2i_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return scale * x + x + shift
-
-
-class Mlp(nn.Module):
-    """timm's, as far as these models use it."""
-
-    def __init__(self, in_features: int, hidden_features: int, out_features: int | None = None):
-        super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = nn.GELU(approximate="tanh")
-        self.drop1 = nn.Dropout(0.0)
-        self.norm = nn.Identity()
-        self.fc2 = nn.Linear(hidden_features, out_features or in_features)
-        self.drop2 = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(self.norm(x)))
-
-
-class MultiHeadCrossAttention(nn.Module):
-    """Image tokens (B, N, C) attend to packed text (1, sum of lengths, C), each to its sample's."""
-
-    def __init__(self, d_model: int, num_heads: int) -> None:
-        super().__init__()
-        self.d_model, self.num_heads = d_model, num_heads
-        self.head_dim = d_model // num_heads
-        self.q_linear = nn.Linear(d_model, d_model)
-        self.kv_linear = nn.Linear(d_model, 2 * d_model)
-        self.attn_drop = nn.Dropout(0.0)
-        self.proj = nn.Linear(d_model, d_model)
-        self.proj_drop = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, cond: Tensor, mask: list[int] | None = None) -> Tensor:
-        heads = (self.num_heads, self.head_dim)
-        lengths = [cond.shape[1] // len(x)] * len(x) if mask is None else mask
-        q = self.q_linear(x).unflatten(2, heads).transpose(1, 2)
-        kv = self.kv_linear(cond)[0].unflatten(1, (2, *heads))
-        rows = []
-        for query, text in zip(q, kv.split(lengths), strict=True):
-            k, v = text.permute(1, 2, 0, 3)
-            rows.append(F.scaled_dot_product_attention(query, k, v))
-        out = torch.stack(rows).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(out))
 
 
 class TimestepEmbedder(nn.Module):

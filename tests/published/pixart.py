@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from published import (
     CaptionEmbedder,
-    Mlp,
-    MultiHeadCrossAttention,
     SizeEmbedder,
     T2IFinalLayer,
     TimestepEmbedder,
@@ -28,8 +26,8 @@ from published import (
     pack_text,
     positions_2d,
     randomize,
-    t2i_modulate,
 )
+from stdit3 import Mlp, MultiHeadCrossAttention, t2i_modulate
 
 
 class WindowAttention(nn.Module):

@@ -10,67 +10,22 @@ unconditional] with equal halves, guidance on three channels, as DiT has it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from published import (
     CaptionEmbedder,
-    Mlp,
-    MultiHeadCrossAttention,
     T2IFinalLayer,
     TimestepEmbedder,
     noise,
     pack_text,
     positions_2d,
     randomize,
-    t2i_modulate,
     waves,
 )
-
-
-class LlamaRMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.variance_epsilon).to(x)
-
-
-class Attention(nn.Module):
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        qk_norm: bool = False,
-        rope: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.scale = self.head_dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = LlamaRMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.attn_drop = nn.Dropout(0.0)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(0.0)
-        self.rope = rope is not None
-        if rope is not None:
-            self.rotary_emb = rope
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = self.q_norm(qkv[0]), self.k_norm(qkv[1]), qkv[2]
-        if self.rope:
-            q, k = self.rotary_emb(q), self.rotary_emb(k)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+from stdit3 import Attention, Mlp, MultiHeadCrossAttention, t2i_modulate
 
 
 class PatchEmbed3D(nn.Module):

@@ -11,7 +11,6 @@ both halves, and an x_mask that changes from step to step if frames are given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 
 from published import (
     CaptionEmbedder,
-    Mlp,
-    MultiHeadCrossAttention,
     SizeEmbedder,
     T2IFinalLayer,
     TimestepEmbedder,
@@ -29,72 +26,9 @@ from published import (
     pack_text,
     positions_2d,
     randomize,
-    t2i_modulate,
 )
-from published.stdit import Attention, PatchEmbed3D, unpatchify
-
-
-class RotaryEmbedding(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("freqs", 10000 ** -(torch.arange(0, dim, 2) / dim))
-
-    def rotate_queries_or_keys(self, x: Tensor) -> Tensor:
-        """Pairs of neighbouring channels of x (B, heads, T, d), by their time."""
-        angle = torch.arange(x.shape[2], device=x.device)[:, None] * self.freqs
-        even, odd = x.unflatten(3, (-1, 2)).unbind(4)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=4).flatten(3)
-
-
-class STDiT3Block(nn.Module):
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        rope: Callable[[Tensor], Tensor] | None = None,
-        qk_norm: bool = True,
-        temporal: bool = False,
-    ) -> None:
-        super().__init__()
-        self.temporal, self.hidden_size = temporal, hidden_size
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm, rope=rope)
-        self.cross_attn = MultiHeadCrossAttention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.drop_path = nn.Identity()
-        self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
-
-    def forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        t: Tensor,
-        mask: list[int] | None = None,
-        x_mask: Tensor | None = None,
-        t0: Tensor | None = None,
-        T: int | None = None,
-        S: int | None = None,
-    ) -> Tensor:
-        six = self.scale_shift_table + t.unflatten(1, (6, -1))
-        if x_mask is not None:
-            given = self.scale_shift_table + t0.unflatten(1, (6, -1))
-            made = x_mask.repeat_interleave(S, dim=1)[:, :, None, None]
-            six = torch.where(made, six[:, None], given[:, None])  # (B, T S, 6, C)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            part.squeeze(-2) if x_mask is not None else part for part in six.chunk(6, dim=-2)
-        )
-        grid = t2i_modulate(self.norm1(x), shift_a, scale_a).unflatten(1, (T, S))
-        if self.temporal:
-            tracks = self.attn(grid.transpose(1, 2).flatten(0, 1))
-            attention = tracks.unflatten(0, (-1, S)).transpose(1, 2).flatten(1, 2)
-        else:
-            attention = self.attn(grid.flatten(0, 1)).unflatten(0, (-1, T)).flatten(1, 2)
-        x = x + self.drop_path(gate_a * attention)
-        x = x + self.cross_attn(x, y, mask)
-        return x + self.drop_path(gate_m * self.mlp(t2i_modulate(self.norm2(x), shift_m, scale_m)))
+from published.stdit import PatchEmbed3D, unpatchify
+from stdit3 import RotaryEmbedding, STDiT3Block
 
 
 class FinalLayer(T2IFinalLayer):
