@@ -92,19 +92,6 @@ COLUMNS: dict[str, dict[str, str]] = {
         "graphed speed-up": ".2f",
         "graphed efficiency": ".0%",
     },
-    "eval": {
-        "name": "",
-        "policy": "",
-        "flops_ratio": ".2f",
-        "speedup": ".2f",
-        "psnr": ".1f",
-        "ssim": ".4f",
-        "fid_all": ".3f",
-        "sfid_all": ".3f",
-        "precision_all": ".3f",
-        "recall_all": ".3f",
-        "accuracy": ".1%",
-    },
 }
 
 

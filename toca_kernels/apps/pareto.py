@@ -29,6 +29,7 @@ _COSTS = {
 }
 _TICKS = (0.5, 0.7, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30)
 _MARKERS = "osD^vPX<>*"
+_COLORS = (*(f"C{at}" for at in range(10)), "navy", "gold", "teal", "magenta", "lime", "tan")
 # Places of a label beside its point, in points, with its alignment; the first that is free.
 _PLACES = (
     (6, 5, "left", "bottom"),
@@ -121,7 +122,10 @@ def _lines(rows: Sequence[Row], metric: str, cost: str) -> Iterator[tuple[str, l
 def _panel(axis: Any, rows: Sequence[Row], metric: str, cost: str, plain: Collection[str]) -> None:
     base = rows[0]
     for at, (policy, own) in enumerate(_lines(rows, metric, cost)):
-        style: dict[str, Any] = {"color": f"C{at % 10}", "marker": _MARKERS[at % len(_MARKERS)]}
+        style: dict[str, Any] = {
+            "color": _COLORS[at % len(_COLORS)],
+            "marker": _MARKERS[at % len(_MARKERS)],
+        }
         if policy in plain:
             style = {"color": "black", "marker": "x", "linestyle": "--"}
         x, y = ([row[name] for row in own] for name in (cost, metric))
