@@ -77,7 +77,7 @@ run_families() {
         return "$LEFT_OUT"
     fi
     "$PYTHON" benchmarks/families.py --device cuda --seconds 1 --ratio preset 0.1 0.3 \
-        --rows flux-double pixart-1024 wan-1.3b flux-single pixart-512 --json "$OUT/families.json"
+        --rows flux-double pixart-1024 wan-1.3b flux-single pixart-512 stdit3-480p --json "$OUT/families.json"
 }
 
 run_end_to_end() {
