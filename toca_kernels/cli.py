@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from ._backends import backends
@@ -13,6 +13,15 @@ from .apps import bench, check, report, sample, tune
 from .apps import eval as evaluation
 from .config import ToCaConfig
 from .flops import BlockShape
+
+_APPS: dict[str, tuple[Any, str]] = {  # a module with add_arguments and run, and its help
+    "bench": (bench, "time every op here, beside its peers"),
+    "check": (check, "is a model safe to cache: errors and times"),
+    "sample": (sample, "draw many samples, resumable, also by torchrun"),
+    "eval": (evaluation, "quality and speed of a list of settings"),
+    "tune": (tune, "find the settings of a model for a budget"),
+    "report": (report, "one HTML page of what a run did"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,29 +58,10 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"toca_kernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    timing = commands.add_parser("bench", help="time every op here, beside its peers")
-    bench.add_arguments(timing)
-    timing.set_defaults(command=bench.run)
-
-    checking = commands.add_parser("check", help="is a model safe to cache: errors and times")
-    check.add_arguments(checking)
-    checking.set_defaults(command=check.run)
-
-    sampling = commands.add_parser("sample", help="draw many samples, resumable, also by torchrun")
-    sample.add_arguments(sampling)
-    sampling.set_defaults(command=sample.run)
-
-    evaluating = commands.add_parser("eval", help="quality and speed of a list of settings")
-    evaluation.add_arguments(evaluating)
-    evaluating.set_defaults(command=evaluation.run)
-
-    tuning = commands.add_parser("tune", help="find the settings of a model for a budget")
-    tune.add_arguments(tuning)
-    tuning.set_defaults(command=tune.run)
-
-    reporting = commands.add_parser("report", help="one HTML page of what a run did")
-    report.add_arguments(reporting)
-    reporting.set_defaults(command=report.run)
+    for name, (app, text) in _APPS.items():
+        parser_of = commands.add_parser(name, help=text)
+        app.add_arguments(parser_of)
+        parser_of.set_defaults(command=app.run)
 
     commands.add_parser("aot", help="compile the Triton kernels for GPUs that need not be here")
 

@@ -23,14 +23,11 @@ import csv
 import functools
 import importlib.util
 import io
-import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import features, prompts, references, stored, timing
 from .generation import Job, Source, check, generate, jobs
@@ -113,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     for package, purpose in _NEEDED.items():
         if importlib.util.find_spec(package) is None:
             raise missing(package, purpose)
-    source = _source(args)
-    conditions = _conditions(args)
+    source = Source.asked(args)
+    conditions = prompts.asked(args)
     sampler = source.load()
     settings = read_settings(args.settings, args.steps or sampler.num_steps)
     check(sampler, settings)
@@ -157,23 +154,6 @@ _LEAST = {
 
 
 # --- what is asked for ---------------------------------------------------------------------------
-
-
-def _source(args: argparse.Namespace) -> Source:
-    try:
-        arguments = dict(json.loads(args.arguments))
-    except (TypeError, ValueError):
-        raise ValueError(f"arguments: expected a JSON object, got {args.arguments!r}") from None
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = torch.device(device).type
-    dtype = args.dtype or ("float32" if kind == "cpu" else "bfloat16")
-    return Source(args.target, device, dtype, arguments)
-
-
-def _conditions(args: argparse.Namespace) -> Sequence[int | str]:
-    if args.prompts is not None:
-        return prompts.read_prompts(args.prompts)
-    return prompts.read_classes(args.classes)
 
 
 def _judges(args: argparse.Namespace, source: Source) -> Judges:

@@ -3,8 +3,10 @@ broken off goes on where it was."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
+import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -34,6 +36,18 @@ class Source:
     device: str
     dtype: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def asked(cls, args: argparse.Namespace) -> Source:
+        """What a command line asks for: its target, device, dtype and arguments (JSON)."""
+        try:
+            arguments = dict(json.loads(args.arguments))
+        except (TypeError, ValueError):
+            raise ValueError(f"arguments: expected a JSON object, got {args.arguments!r}") from None
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = torch.device(device).type
+        dtype = args.dtype or ("float32" if kind == "cpu" else "bfloat16")
+        return cls(args.target, device, dtype, arguments)
 
     def load(self) -> Sampler:
         return sampling.load(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ _NAMES = ("prompt_en", "prompt", "prompts", "caption", "captions", "text")
 _IMAGENET_CLASSES = 1000
 _SYNSET = re.compile(r"n\d{8}\b")
 _RANGE = re.compile(r"(\d+)\s*(?:(?:-|\.\.)\s*(\d+))?")
+
+
+def asked(args: argparse.Namespace) -> Sequence[int | str]:
+    """The conditions that a command line asks for, by --prompts or --classes."""
+    if args.prompts is not None:
+        return read_prompts(args.prompts)
+    return read_classes(args.classes)
 
 
 def read_prompts(path: str | Path) -> list[str]:

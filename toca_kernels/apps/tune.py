@@ -24,14 +24,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..config import ToCaConfig
 from . import prompts, stored, timing
@@ -111,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
         OSError: a file that is not there.
     """
     _check(args)
-    source = _source(args)
-    conditions = _conditions(args)
+    source = Source.asked(args)
+    conditions = prompts.asked(args)
     sampler = source.load()
     steps = sampler.num_steps if args.steps is None else args.steps
     against = _against(args, sampler, steps)
@@ -175,23 +172,6 @@ def _check(args: argparse.Namespace) -> None:
         raise missing("tqdm", "shows the progress")
     if args.min_ssim is not None and importlib.util.find_spec("torchmetrics") is None:
         raise missing("torchmetrics", "computes SSIM")
-
-
-def _source(args: argparse.Namespace) -> Source:
-    try:
-        arguments = dict(json.loads(args.arguments))
-    except (TypeError, ValueError):
-        raise ValueError(f"arguments: expected a JSON object, got {args.arguments!r}") from None
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = torch.device(device).type
-    dtype = args.dtype or ("float32" if kind == "cpu" else "bfloat16")
-    return Source(args.target, device, dtype, arguments)
-
-
-def _conditions(args: argparse.Namespace) -> Sequence[int | str]:
-    if args.prompts is not None:
-        return prompts.read_prompts(args.prompts)
-    return prompts.read_classes(args.classes)
 
 
 def _against(
