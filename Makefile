@@ -19,7 +19,8 @@ demo: .venv/demo.stamp
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest --require-backends reference,native,triton
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+		--require-backends reference,native,triton
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check

@@ -26,7 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse to run without a backend that was promised: a broken build cannot pass as skipped."""
+    """Refuse to run without a backend that was promised: a broken build cannot pass as skipped.
+
+    With pytest -n, its processes share the cores instead of waiting for each other's threads.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     status = toca.backends()
     for name in filter(None, config.getoption("--require-backends").split(",")):
         if name not in status:

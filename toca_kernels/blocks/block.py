@@ -28,7 +28,7 @@ from ..selectors import SELECTORS
 from . import linear
 from .capture import CapturedScores
 from .row_mlp import RowMLP
-from .taps import Late, Tap, Tapped, taken_rows
+from .taps import Late, Tap, Tapped, cached_rows, taken_rows
 
 Attends = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 
@@ -419,10 +419,7 @@ class Block:
         if len(names) > 1:
             whole = torch.cat([self.read(state, name) for name in names], dim=1)
             return taken_rows(whole, index)
-        kept = state.features[names[0]]
-        if isinstance(kept, Tensor):
-            return taken_rows(kept, index)
-        return read_rows(kept, index, dtype=state.dtypes[names[0]])
+        return cached_rows(state.features[names[0]], index, state.dtypes[names[0]])
 
     @staticmethod
     def read_shape(state: BlockState, name: str) -> torch.Size:

@@ -84,7 +84,7 @@ class DoubleStream(Block):
                     (state.index[name], state.inverse[name]),
                     (shift, scale, gate),
                     state.features[name],
-                    (gate_a, state.features[f"{stream.name}_attn"]),
+                    [(gate_a, state.features[f"{stream.name}_attn"])],
                 )
             )
         return self.parts.pack(*out)

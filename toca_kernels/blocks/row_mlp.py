@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from ..ops import (
     scatter_residual,
 )
 from . import linear
-from .taps import taken_rows
+from .taps import cached_rows, taken_rows
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate
 
@@ -100,16 +100,16 @@ class RowMLP:
         selection: tuple[Tensor, Tensor],
         modulation: Modulation,
         cache: Features,
-        reuse: Residual | None,
+        reused: Sequence[Residual],
     ) -> Tensor:
-        """x + reused residual + gate * cache, after the selected rows of the cache are fresh."""
+        """x + reused residuals + gate * cache, after the selected rows of the cache are fresh."""
         index, inverse = selection
         shift, scale, gate = modulation
         norm = self._norm
         x = x.contiguous()
         if index.shape[1] == 0:
-            return scatter_residual(x, [*([reuse] if reuse else []), (gate, cache)])
-        if norm.module is None and self._readable(x):
+            return scatter_residual(x, [*reused, (gate, cache)])
+        if len(reused) < 2 and norm.module is None and self._readable(x):
             fc1, fc2, activation = self._weights()
             return partial_mlp(
                 x,
@@ -118,15 +118,19 @@ class RowMLP:
                 cache,
                 fc1,
                 fc2,
-                residual=reuse,
+                residual=reused[0] if reused else None,
                 activation=activation,
                 norm=norm.kind,
                 weight=norm.weight,
                 bias=norm.bias,
                 eps=norm.eps,
             )
-        fresh = self._mlp(normed_rows(norm, x, index, shift, scale, reuse))
-        return scatter_residual(x, [*([reuse] if reuse else []), (gate, cache, fresh, inverse)])
+        if len(reused) < 2:
+            rows = normed_rows(norm, x, index, shift, scale, reused[0] if reused else None)
+        else:
+            shift, scale = (_picked(m, index) for m in (shift, scale))
+            rows = normed_rows(norm, residual_rows(x, index, reused), None, shift, scale, None)
+        return scatter_residual(x, [*reused, (gate, cache, self._mlp(rows), inverse)])
 
     def full(
         self, x: Tensor, every: Tensor, modulation: Modulation, cache: Features, reuse: Residual
@@ -191,9 +195,23 @@ def normed_rows(
         rows = rows + (cache if gate is None else _per_token(gate) * cache)
     if index is not None:
         rows = taken_rows(rows, index)
-        shift, scale = (taken_rows(m, index) if m.ndim == 3 else m for m in (shift, scale))
+        shift, scale = (_picked(m, index) for m in (shift, scale))
     rows = norm.module(rows) * (1 + _per_token(scale)) + _per_token(shift)
     return rows.to(x.dtype).contiguous()
+
+
+def residual_rows(x: Tensor, index: Tensor, reused: Sequence[Residual]) -> Tensor:
+    """The selected rows of x + what is reused, (B, k, C), rounded once."""
+    rows = taken_rows(x, index).float()
+    for gate, cache in reused:
+        added = cached_rows(cache, index, x.dtype)
+        rows = rows + added if gate is None else rows + _per_token(_picked(gate, index)) * added
+    return rows.to(x.dtype)
+
+
+def _picked(modulation: Tensor, index: Tensor) -> Tensor:
+    """(B, C) as it is; of (B, N, C) the selected rows."""
+    return taken_rows(modulation, index) if modulation.ndim == 3 else modulation
 
 
 def _per_token(modulation: Tensor) -> Tensor:

@@ -101,9 +101,9 @@ class SelfMLP(Block):
             self._attend(state, x, args, kwargs)
         gate_a, shift, scale, gate = self._modulation(state, x, args, kwargs, CACHED_CHUNKS)
         selection = (state.index["mlp"], state.inverse["mlp"])
-        reuse = (gate_a, state.features["attn"])
+        reused = [(gate_a, state.features["attn"])]
         modulation = (shift, scale, gate)
-        return self.mlps[0].cached(x, selection, modulation, state.features["mlp"], reuse)
+        return self.mlps[0].cached(x, selection, modulation, state.features["mlp"], reused)
 
     def _attend(self, state: BlockState, x: Tensor, args: Any, kwargs: Any) -> None:
         """The attention of the selected tokens, into its cache."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Features, rank
-from ..ops import ForecastCache, QuantizedCache, select_tokens, store_rows
+from ..ops import ForecastCache, QuantizedCache, read_rows, select_tokens, store_rows
 from ..selectors import SELECTORS
 from .capture import CapturedScores
 from .kept_keys import KeptKeys
@@ -337,6 +337,13 @@ def write_rows(features: Features, rows: Tensor, index: Tensor) -> None:
 def taken_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[b, index[b, j]], (B, k, C)."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def cached_rows(features: Features, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The selected rows of a cache, (B, k, C); of one that is not a plain tensor, in `dtype`."""
+    if isinstance(features, Tensor):
+        return taken_rows(features, index)
+    return read_rows(features, index, dtype=dtype)
 
 
 def _with_rows(

@@ -1,4 +1,4 @@
-"""Blocks with a cross-attention that a cached step composes from the ops: PixArt, Wan."""
+"""Blocks with a cross-attention that a cached step composes from the ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks import linear
 from ..blocks.block import Block
 from ..blocks.row_mlp import MLPParts, Norm
-from ..blocks.self_cross_mlp import Modulation, SelfCrossMLP, SelfCrossParts
+from ..blocks.self_cross_mlp import Modulation, SelfCrossMLP, SelfCrossParts, SpatialTemporal
 from ..blocks.taps import Tap
 from .facebook_dit import mlp_linears
 from .feed_forward import feed_forward_linears
@@ -56,22 +56,43 @@ def pixart(block: Any, layers: Mapping[str, int], taps: list[Tap]) -> Block:
 
 def pixart_alpha(block: Any, layers: Mapping[str, int], taps: list[Tap]) -> Block:
     """PixArtBlock and PixArtMSBlock of PixArt-alpha's own code."""
+    return SelfCrossMLP(_packed_text(block), layers, taps)
+
+
+def open_sora(
+    block: Any,
+    layers: Mapping[str, int],
+    taps: list[Tap],
+    *,
+    attentions: tuple[str, ...],
+    **others: Any,
+) -> Block:
+    """STDiTBlock and STDiT3Block; `others` are of SelfCrossParts."""
+    parts = _packed_text(block, attentions=attentions, **others)
+    temporal = "temporal_attn" if "temporal_attn" in attentions else None
+    return SpatialTemporal(parts, layers, taps, temporal=temporal)
+
+
+def _packed_text(block: Any, **others: Any) -> SelfCrossParts:
+    """What the blocks share that read a packed text."""
 
     def modulation(x: Tensor, y: Tensor, t: Tensor, *args: Any, **_: Any) -> Modulation:
         return _four(block.scale_shift_table + t.unflatten(1, (6, -1)), x)
 
-    def cross(rows: Tensor, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, **_: Any) -> Tensor:
+    def cross(
+        rows: Tensor, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, *args: Any, **_: Any
+    ) -> Tensor:
         out: Tensor = block.cross_attn(rows, y, mask)
         return out
 
-    parts = SelfCrossParts(
+    return SelfCrossParts(
         block,
         hidden=lambda x, *args, **_: x,
         modulation=modulation,
         cross=cross,
         mlp=MLPParts(block.mlp, lambda: Norm.of(block.norm2), lambda: mlp_linears(block.mlp)),
+        **others,
     )
-    return SelfCrossMLP(parts, layers, taps)
 
 
 _WAN = ("hidden_states", "encoder_hidden_states", "temb", "rotary_emb")

@@ -10,13 +10,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks.block import Block
 from ..blocks.taps import Tap
 from ..flops import Flops
 from ..plan import Plan
 from .adapter import Adapter, ModelCall, lacking, positional
+from .crossing import open_sora
 from .families import numbered, serial
 from .linear_flops import linear_flops
 
@@ -62,7 +63,7 @@ class STDiT(OpenSora):
         self._served = numbered(
             (
                 _serial("", block, [Tap(block.attn_temp, ("temporal_attn",))]),
-                functools.partial(Block, block),
+                functools.partial(open_sora, block, attentions=("attn", "temporal_attn")),
             )
             for block in self.model.blocks
         )
@@ -91,11 +92,27 @@ class STDiT3(OpenSora):
 
     def blocks(self) -> Sequence[Block]:
         self._served = numbered(
-            (_serial(f"{kind}_", block), functools.partial(Block, block))
+            (
+                _serial(f"{kind}_", block),
+                functools.partial(
+                    open_sora,
+                    block,
+                    attentions=(f"{kind}_attn",),
+                    prefix=f"{kind}_",
+                    plain=_no_given_frames,
+                ),
+            )
             for kind in _LISTS
             for block in getattr(self.model, f"{kind}_blocks")
         )
         return self._served
+
+
+def _no_given_frames(
+    x: Tensor, y: Tensor, t: Tensor, mask: Any = None, x_mask: Any = None, *args: Any, **_: Any
+) -> bool:
+    """Given frames have a modulation of their own: such steps run through taps."""
+    return x_mask is None
 
 
 def _serial(prefix: str, block: Any, others: Sequence[Tap] = ()) -> list[Tap]:
