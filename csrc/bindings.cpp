@@ -63,6 +63,25 @@ void attention_scores(const std::array<Pointer, 5>& ptr, const std::array<int64_
   toca::cpu::attention_scores(p);
 }
 
+void attention_entropy(const std::array<Pointer, 6>& ptr, const std::array<int64_t, 5>& size,
+                       const std::array<int64_t, 6>& stride, float scale, int dtype, int threads) {
+  toca::AttentionEntropy p{};
+  p.q = as<const void>(ptr[0]);
+  p.k = as<const void>(ptr[1]);
+  p.lse = as<const float>(ptr[2]);
+  p.mask = as<const uint8_t>(ptr[3]);
+  p.packed = as<void>(ptr[4]);
+  p.out = as<float>(ptr[5]);
+  p.B = size[0], p.H = size[1], p.N = size[2], p.L = size[3], p.D = size[4];
+  p.q_b = stride[0], p.q_h = stride[1], p.q_n = stride[2];
+  p.k_b = stride[3], p.k_h = stride[4], p.k_n = stride[5];
+  p.scale = scale;
+  p.dtype = toca::DType(dtype);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  toca::cpu::attention_entropy(p);
+}
+
 void select_tokens(const std::array<Pointer, 7>& ptr, const std::array<int64_t, 7>& size,
                    float age_weight, float bonus, int threads, const Where& where) {
   toca::SelectTokens p{};
@@ -195,6 +214,7 @@ void choose_isa(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native bodies of toca_kernels over raw pointers; call them through toca_kernels.ops";
   m.def("attention_scores", &attention_scores);
+  m.def("attention_entropy", &attention_entropy);
   m.def("select_tokens", &select_tokens);
   m.def("gather_modulate", &gather_modulate);
   m.def("scatter_residual", &scatter_residual);

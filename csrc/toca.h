@@ -24,6 +24,20 @@ struct AttentionScores {
   int threads;
 };
 
+struct AttentionEntropy {
+  const void* q;        // [B, H, N, D], strides q_b, q_h, q_n, 1
+  const void* k;        // [B, H, L, D], strides k_b, k_h, k_n, 1
+  const float* lse;     // [B, H, N], or nullptr: computed on the way
+  const uint8_t* mask;  // [B, L], or nullptr: every key
+  void* packed;         // [B, H, D, L up to a multiple of 64], 4 bytes each, scratch: the keys
+  float* out;           // [B, N]
+  int64_t B, H, N, L, D;
+  int64_t q_b, q_h, q_n, k_b, k_h, k_n;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
 struct SelectTokens {
   const float* score;      // [R, N]
   int32_t* age;            // [R, N], updated
@@ -130,6 +144,7 @@ struct OutOfRange {
 };
 
 void attention_scores(const AttentionScores& p);
+void attention_entropy(const AttentionEntropy& p);
 void select_tokens(const SelectTokens& p);
 void gather_modulate(const GatherModulate& p);    // throws OutOfRange
 void scatter_residual(const ScatterResidual& p);  // throws OutOfRange

@@ -9,6 +9,7 @@ import torch
 
 import interpreter
 import oracle
+import toca_kernels as toca
 from interpreter import needs_triton
 from test_attention_scores import DTYPES, laid_out
 from toca_kernels import attention_entropy
@@ -72,6 +73,17 @@ def test_reference_matches_oracle(B, H, N, L, D, layout, masked, dtype):
     assert_reference_within_bound(result, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "H", "N", "L", "D", "layout", "masked"), CASES)
+def test_native_matches_reference(B, H, N, L, D, layout, masked, dtype, isa):
+    tensors, options, exact = problem(B, H, N, L, D, layout, masked, dtype)
+    reference = attention_entropy(*tensors, **options, backend="reference")
+    for lse in (tensors[2], None):
+        result = attention_entropy(*tensors[:2], lse, **options, backend="native")
+        assert result.dtype == torch.float32
+        assert_backend_within_budget(result, reference, exact)
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("B", "H", "N", "L", "D", "layout", "masked"), CASES)
@@ -83,12 +95,33 @@ def test_triton_matches_reference(B, H, N, L, D, layout, masked, dtype):
     assert_backend_within_budget(result, reference, exact)
 
 
-@pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.fixture(params=["reference", "native", pytest.param("triton", marks=needs_triton)])
 def run(request):
     """attention_entropy by each backend that has a body."""
     if request.param == "triton":
         return functools.partial(interpreter.call, "attention_entropy")
-    return functools.partial(attention_entropy, backend="reference")
+    status = toca.backends()[request.param]
+    if not status.available:
+        pytest.skip(f"backend {request.param!r} is not available: {status.reason}")
+    return functools.partial(attention_entropy, backend=request.param)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_a_log_sum_exp(run, masked):
+    q, k = torch.randn(2, 3, 21, 24), torch.randn(2, 3, 70, 24)
+    mask = text_mask(2, 70) if masked else None
+    expected = run(q, k, log_sum_exp(q, k, 0.4, mask), scale=0.4, mask=mask)
+    torch.testing.assert_close(run(q, k, None, scale=0.4, mask=mask), expected)
+
+
+def test_same_bits_for_any_number_of_threads(isa, with_threads):
+    q, k = torch.randn(2, 3, 100, 24), torch.randn(2, 3, 70, 24)
+
+    def entropy():
+        return attention_entropy(q, k, scale=0.4, backend="native")
+
+    for threads in (2, 3):
+        assert_same_bits(with_threads(threads, entropy), with_threads(1, entropy))
 
 
 def test_equal_weights_have_the_largest_entropy(run):
@@ -119,6 +152,7 @@ def test_a_text_without_any_key_has_no_entropy(run):
     mask = torch.zeros(1, 5, dtype=torch.bool)
     result = run(q, k, log_sum_exp(q, k, 1.0, mask), scale=1.0, mask=mask)
     assert torch.equal(result.abs(), torch.zeros(1, 3))
+    assert torch.equal(run(q, k, None, scale=1.0, mask=mask).abs(), torch.zeros(1, 3))
 
 
 def test_opcheck():
@@ -148,9 +182,3 @@ def test_refuses(changed, message):
     }
     with pytest.raises(ValueError, match=re.escape(message)):
         attention_entropy(**given, scale=1.0)
-
-
-def test_refuses_a_backend_without_a_body():
-    tensors, options, _ = problem(1, 3, 1, 1, 8, "contiguous", False, torch.float32)
-    with pytest.raises(RuntimeError, match="backend 'native' has no body of this op"):
-        attention_entropy(*tensors, **options, backend="native")

@@ -13,6 +13,14 @@ def attention_scores(
     dtype: int,
     threads: int,
 ) -> None: ...
+def attention_entropy(
+    ptr: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    scale: float,
+    dtype: int,
+    threads: int,
+) -> None: ...
 def select_tokens(
     ptr: Sequence[int],
     size: Sequence[int],

@@ -74,7 +74,7 @@ attention_with_lse = _define(
 
 
 def _attention_entropy(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, mask: Tensor | None, backend: str
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, mask: Tensor | None, backend: str
 ) -> Tensor:
     return _BODIES[backend].attention_entropy(q, k, lse, scale, mask)
 
@@ -84,7 +84,7 @@ def _attention_entropy_fake(q: Tensor, *_: object) -> Tensor:
 
 
 attention_entropy = _define(
-    "attention_entropy(Tensor q, Tensor k, Tensor lse, float scale, Tensor? mask, str backend) "
+    "attention_entropy(Tensor q, Tensor k, Tensor? lse, float scale, Tensor? mask, str backend) "
     "-> Tensor",
     _attention_entropy,
     _attention_entropy_fake,

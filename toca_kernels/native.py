@@ -79,6 +79,33 @@ def attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     return out
 
 
+def attention_entropy(
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, mask: Tensor | None
+) -> Tensor:
+    if _where(q) is not None:
+        raise RuntimeError("backend 'native' has no body of attention_entropy on cuda")
+    B, H, N, D = q.shape
+    L = k.shape[2]
+    out = torch.empty((B, N), dtype=torch.float32)
+    packed = torch.empty((B, H, D, -(-L // 64) * 64), dtype=torch.int32)
+    _C.attention_entropy(
+        (
+            q.data_ptr(),
+            k.data_ptr(),
+            _pointer(lse),
+            _pointer(mask),
+            packed.data_ptr(),
+            out.data_ptr(),
+        ),
+        (B, H, N, L, D),
+        (*q.stride()[:3], *k.stride()[:3]),
+        scale,
+        _DTYPES[q.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def select_tokens(
     score: Tensor,
     age: Tensor,

@@ -176,7 +176,7 @@ def attention_with_lse(
 def attention_entropy(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None = None,
     *,
     scale: float,
     mask: Tensor | None = None,
@@ -194,13 +194,13 @@ def attention_entropy(
         q: (B, H, N, D), float32 | bfloat16 | float16, last dimension contiguous.
         k: (B, H, L, D), dtype of q, last dimension contiguous: the keys of the text.
         lse: (B, H, N), float32, natural logarithm of sum_j exp(scale * q_i . k_j) over the keys
-            that the mask admits.
+            that the mask admits; None: it is computed on the way.
         scale: the softmax scale, usually D ** -0.5.
         mask: (B, L), bool, contiguous: which keys there are; None for all.
-        backend: None chooses by device; a name is used or refused.  No native body.
+        backend: None chooses by device; a name is used or refused.  The native body is the CPU's.
 
     Returns:
-        (B, N), float32.
+        (B, N), float32; 0 where the mask admits no key.
 
     Raises:
         ValueError: a shape, dtype, device or layout differs; the message gives both.
@@ -209,9 +209,10 @@ def attention_entropy(
     _checks.tensor("q", q, ("B", "H", "N", "D"), dtype=_checks.FLOATS, layout="rows")
     B, H, N, D = q.shape
     _checks.tensor("k", k, (B, H, "L", D), dtype=q.dtype, device=q.device, layout="rows")
-    _checks.tensor("lse", lse, (B, H, N), dtype=torch.float32, device=q.device)
+    if lse is not None:
+        _checks.tensor("lse", lse, (B, H, N), dtype=torch.float32, device=q.device)
     _key_mask(mask, k)
-    backend = resolve(backend, q.device, _NO_NATIVE_BODY)
+    backend = resolve(backend, q.device, op="attention_entropy")
     return _library.attention_entropy(q, k, lse, float(scale), mask, backend)
 
 

@@ -27,9 +27,11 @@ def attention_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
 
 
 def attention_entropy(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, mask: Tensor | None
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, mask: Tensor | None
 ) -> Tensor:
     B, H, N, _ = q.shape
+    if lse is None:
+        _, lse = partial_attention(q, k, k, scale, mask)
     p = q.new_zeros((B, N, k.shape[2]), dtype=torch.float32)
     for h in range(H):
         logits = torch.matmul(q[:, h].float(), k[:, h].float().transpose(-1, -2)) * scale

@@ -5,19 +5,21 @@
 
 namespace toca::cpu {
 
-#define TOCA_DECLARE(name)                         \
-  namespace name {                                 \
-  void attention_scores(const AttentionScores& p); \
-  void select_tokens(const SelectTokens& p);       \
-  void gather_modulate(const GatherModulate& p);   \
-  void scatter_residual(const ScatterResidual& p); \
-  void store_rows(const StoreRows& p);             \
-  void read_rows(const ReadRows& p);               \
+#define TOCA_DECLARE(name)                           \
+  namespace name {                                   \
+  void attention_scores(const AttentionScores& p);   \
+  void attention_entropy(const AttentionEntropy& p); \
+  void select_tokens(const SelectTokens& p);         \
+  void gather_modulate(const GatherModulate& p);     \
+  void scatter_residual(const ScatterResidual& p);   \
+  void store_rows(const StoreRows& p);               \
+  void read_rows(const ReadRows& p);                 \
   }
 #define TOCA_BODIES(name, supported) \
   {#name,                            \
    supported,                        \
    name::attention_scores,           \
+   name::attention_entropy,          \
    name::select_tokens,              \
    name::gather_modulate,            \
    name::scatter_residual,           \
@@ -37,6 +39,7 @@ struct Bodies {
   const char* name;
   bool (*supported)();
   void (*attention_scores)(const AttentionScores&);
+  void (*attention_entropy)(const AttentionEntropy&);
   void (*select_tokens)(const SelectTokens&);
   void (*gather_modulate)(const GatherModulate&);
   void (*scatter_residual)(const ScatterResidual&);
@@ -78,6 +81,7 @@ const Bodies* chosen = best();
 }  // namespace
 
 void attention_scores(const AttentionScores& p) { chosen->attention_scores(p); }
+void attention_entropy(const AttentionEntropy& p) { chosen->attention_entropy(p); }
 void select_tokens(const SelectTokens& p) { chosen->select_tokens(p); }
 void gather_modulate(const GatherModulate& p) { chosen->gather_modulate(p); }
 void scatter_residual(const ScatterResidual& p) { chosen->scatter_residual(p); }

@@ -24,7 +24,9 @@ def entropy(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if q.ndim == 3:
         q, k = q[None], k[None]
     if mask is None and q.shape[1] == k.shape[1]:
-        _, lse = attention_with_lse(q, k, k, scale=scale)
+        lse = None
+        if q.device.type != "cpu":  # there a flash kernel has it sooner
+            _, lse = attention_with_lse(q, k, k, scale=scale)
         return attention_entropy(q, k, lse, scale=scale)
     mean = q.new_zeros((), dtype=torch.float32)
     for one in maps(q, k, mask, scale):

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import configs
 from ._launch import arch_of, launch
 from ._tile import LOG2E, head_blocks, head_product, load_head, strides_in_units
+from .partial_attention import partial_attention
 
 
 @triton.jit
@@ -77,8 +78,10 @@ def _attention_entropy_kernel(
 
 
 def attention_entropy(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, mask: Tensor | None
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, mask: Tensor | None
 ) -> Tensor:
+    if lse is None:
+        _, lse = partial_attention(q, k, k, scale, mask)
     arch = arch_of(q)
     B, H, N, D = q.shape
     blocks = head_blocks(D)
