@@ -474,9 +474,10 @@ def test_ticks_of_ratios(low, top, expected):
 def test_style_and_script_are_in_the_package():
     """Files that are not Python must be named there."""
     packaged = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    (said,) = re.findall(r'^"toca_kernels\.apps" = \[(.*)\]', packaged, re.M)
-    beside = {path.suffix for path in Path(report.__file__).parent.iterdir() if path.is_file()}
-    assert {f"*{suffix}" for suffix in beside - {".py"}} <= set(re.findall(r'"(.*?)"', said))
+    (said,) = re.findall(r'^"toca_kernels\.apps\.reporting" = \[(.*)\]', packaged, re.M)
+    beside = {path.suffix for path in Path(charts.__file__).parent.iterdir() if path.is_file()}
+    assert beside == {".py", ".css", ".js"}
+    assert {"*.css", "*.js"} <= set(re.findall(r'"(.*?)"', said))
 
 
 # --- the command ---------------------------------------------------------------------------------
