@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from toca_kernels.apps import timing
-from toca_kernels.apps.shapes import DTYPES
-from toca_kernels.apps.timing import Clock, Runs, in_turns, table
+from toca_kernels.apps.measuring import timing
+from toca_kernels.apps.measuring.shapes import DTYPES
+from toca_kernels.apps.measuring.timing import Clock, Runs, in_turns, table
 
 __all__ = ["DTYPES", "Clock", "Runs", "in_turns", "machine", "table", "write"]
 

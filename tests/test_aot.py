@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from toca_kernels import triton as kernels
 from toca_kernels.apps import aot
-from toca_kernels.apps.shapes import SHAPES, Shape
+from toca_kernels.apps.measuring.shapes import SHAPES, Shape
 from toca_kernels.features import ForecastCache
 from toca_kernels.triton import configs
 

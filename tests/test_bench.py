@@ -13,11 +13,12 @@ import torch
 
 from models import diffusers
 from toca_kernels import native
-from toca_kernels.apps import bench, roofline, timing
+from toca_kernels.apps import bench
 from toca_kernels.apps.bench import disagreement, measure
-from toca_kernels.apps.cases import CASES, Inputs
-from toca_kernels.apps.shapes import SHAPES, Shape
-from toca_kernels.apps.timing import Clock, Spread
+from toca_kernels.apps.measuring import roofline, timing
+from toca_kernels.apps.measuring.cases import CASES, Inputs
+from toca_kernels.apps.measuring.shapes import SHAPES, Shape
+from toca_kernels.apps.measuring.timing import Clock, Spread
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")

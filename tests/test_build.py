@@ -68,6 +68,8 @@ def test_wheel_builds_under_isolation(cuda, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if re.fullmatch(r"toca_kernels/_C\..*\.so", name)], names
     assert {re.split("[-/]", name)[0] for name in names} == {"toca_kernels"}
+    for page in ("css", "js"):  # of `toca report`
+        assert f"toca_kernels/apps/reporting/page.{page}" in names
 
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)

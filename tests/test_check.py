@@ -306,6 +306,6 @@ def test_a_family_that_is_not_known_is_refused(capsys, tmp_path, monkeypatch):
     pipe = PIPELINES["flux"]()
     for block in pipe.transformer.transformer_blocks:
         del block.ff
-    monkeypatch.setattr("toca_kernels.apps.pipelines.load", lambda *args: pipe)
+    monkeypatch.setattr("toca_kernels.apps.sampling.pipelines.load", lambda *args: pipe)
     message = refusal(capsys, "any", "--device", "cpu")
     assert "expected one of the supported families, got FluxTransformer2DModel" in message

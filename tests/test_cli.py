@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from toca_kernels import ToCaConfig, __version__, backends
-from toca_kernels.apps.cases import CASES
+from toca_kernels.apps.measuring.cases import CASES
 from toca_kernels.cli import main
 
 TINY = ["--device", "cpu", "--repeats", "2", "--dtype", "float32"]

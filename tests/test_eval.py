@@ -16,16 +16,18 @@ import torch
 
 from test_metrics import clip_folder
 from toca_kernels.apps import eval as evaluation
-from toca_kernels.apps import settings, stored
-from toca_kernels.apps.features import Extractor, Features
-from toca_kernels.apps.generation import Job
-from toca_kernels.apps.pareto import draw_pareto, front
-from toca_kernels.apps.perceptual import _layers
-from toca_kernels.apps.quality import COLUMNS, Found, Judges, rows
-from toca_kernels.apps.references import Reference
-from toca_kernels.apps.rounds import Rounds, Times
+from toca_kernels.apps.evaluation import settings
+from toca_kernels.apps.evaluation.features import Extractor, Features
+from toca_kernels.apps.evaluation.generation import Job
+from toca_kernels.apps.evaluation.pareto import draw_pareto, front
+from toca_kernels.apps.evaluation.perceptual import _layers
+from toca_kernels.apps.evaluation.quality import COLUMNS, Found, Judges, rows
+from toca_kernels.apps.evaluation.references import Reference
+from toca_kernels.apps.evaluation.rounds import Rounds, Times
+from toca_kernels.apps.evaluation.settings import Setting, parse_settings, read_settings
 from toca_kernels.apps.sampling import Request
-from toca_kernels.apps.settings import Setting, parse_settings, read_settings
+from toca_kernels.apps.storing import arrays, whole
+from toca_kernels.apps.storing.pictures import save_samples
 from toca_kernels.config import ToCaConfig
 
 pytest.importorskip("torchmetrics", reason="it computes SSIM")
@@ -233,7 +235,7 @@ def test_a_second_run_draws_nothing(folder):
 
 
 def test_a_run_that_was_broken_off_goes_on(folder, monkeypatch):
-    own = stored.save
+    own = arrays.save
 
     def failing(path, mark, arrays):
         if len(folder.stored()) == 3:
@@ -241,10 +243,10 @@ def test_a_run_that_was_broken_off_goes_on(folder, monkeypatch):
         own(path, mark, arrays)
 
     (folder.out / "samples").mkdir(parents=True)
-    monkeypatch.setattr(stored, "save", failing)
+    monkeypatch.setattr(arrays, "save", failing)
     with pytest.raises(KeyboardInterrupt):
         folder.run()
-    monkeypatch.setattr(stored, "save", own)
+    monkeypatch.setattr(arrays, "save", own)
     before = folder.stored()
     assert len(before) == 3
     assert len(folder.run()) == 2 * len(NAMES) - 3
@@ -611,7 +613,7 @@ def test_times_are_medians_of_ratios(tmp_path):
     base, other = (Setting(name, name, None, steps) for name, steps in (("a", 2), ("b", 1)))
     marks = {base: "A", other: "B"}
     done = [{"A": 4.0, "B": 1.0}, {"A": 6.0, "B": 3.0}, {"A": 8.0, "B": 1.0}, {"A": 9.0}]
-    stored.save_json(path, {"about": "x", "rounds": done})
+    whole.save_json(path, {"about": "x", "rounds": done})
     found = Rounds(path, "x", marks)
     assert found.times(other, 2) == Times(0.5, 4.0, 2.0, 8.0, 3)
     assert found.times(base, 2) == Times(3.5, 1.0, 1.0, 1.0, 4)
@@ -626,19 +628,19 @@ def test_times_are_medians_of_ratios(tmp_path):
 
 def test_arrays_are_read_under_their_fingerprint_only(tmp_path):
     path = tmp_path / "made" / "x.npz"
-    stored.save(path, "one", {"a": np.arange(3), "b": np.ones(2)})
-    assert stored.read(path, "other") is None
-    assert set(stored.read(path, "one")) == {"a", "b"}
-    assert stored.read(path, "one", ["a"])["a"].tolist() == [0, 1, 2]
-    assert stored.read(path, "one", ["c"]) is None
-    assert stored.read(tmp_path / "none.npz", "one") is None
+    arrays.save(path, "one", {"a": np.arange(3), "b": np.ones(2)})
+    assert arrays.read(path, "other") is None
+    assert set(arrays.read(path, "one")) == {"a", "b"}
+    assert arrays.read(path, "one", ["a"])["a"].tolist() == [0, 1, 2]
+    assert arrays.read(path, "one", ["c"]) is None
+    assert arrays.read(tmp_path / "none.npz", "one") is None
     assert [one.name for one in path.parent.iterdir()] == ["x.npz"]
 
 
 def test_exported_pictures_of_other_sizes_are_refused(tmp_path):
     parts = [lambda: torch.rand(2, 3, 8, 8), lambda: torch.rand(2, 3, 8, 4)]
     with pytest.raises(ValueError, match="expected all of one size"):
-        stored.save_samples(tmp_path / "x.npz", parts)
+        save_samples(tmp_path / "x.npz", parts)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """Imports run one way, and `import toca_kernels` brings in nothing that it does not need."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,15 @@ LAYERS = [
     ["presets"],
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+# The same within apps; the commands are above all of its packages, and import none of each other.
+APPS = [
+    ["drawing", "reporting", "tuning"],
+    ["evaluation"],
+    ["measuring", "sampling"],
+    ["storing"],
+]
+APP = {name: depth for depth, names in enumerate(APPS) for name in names}
 
 # Upwards or sideways all the same, each for its reason.
 EXCEPTIONS = {
@@ -133,6 +143,28 @@ def test_imports_run_one_way(module):
         assert LAYER[target] > LAYER[unit], (
             f"{'.'.join(module)} imports {'.'.join(name)}, which is not below it"
         )
+
+
+@pytest.mark.parametrize("module", [one for one in MODULES if one[0] == "apps"], ids=".".join)
+def test_imports_of_the_apps_run_one_way(module):
+    unit = (*module, "__init__")[1]
+    command = len(module) == 2 and unit not in APP
+    for name in imports(MODULES[module]):
+        if name[:2] != ("toca_kernels", "apps"):
+            continue
+        target = name[2]
+        assert target in APP, f"{'.'.join(module)} imports {target}, which has no place in APPS"
+        if not command and target != unit:
+            assert APP[target] > APP[unit], (
+                f"{'.'.join(module)} imports {'.'.join(name)}, which is not below it"
+            )
+
+
+@pytest.mark.parametrize("module", [one for one in MODULES if one[0] == "apps"], ids=".".join)
+def test_apps_import_no_private_names(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert [one.name for one in node.names if re.match(r"_[^_]", one.name)] == []
 
 
 @pytest.mark.parametrize("module", sorted(NUMPY_ONLY))

@@ -12,10 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from toca_kernels.apps import features, metrics, perceptual, references
-from toca_kernels.apps.features import Extractor, Features
-from toca_kernels.apps.metrics import Statistics, frechet, inception_score, precision_recall
-from toca_kernels.apps.references import Reference
+from toca_kernels.apps.evaluation import features, metrics, perceptual, references
+from toca_kernels.apps.evaluation.features import Extractor, Features
+from toca_kernels.apps.evaluation.metrics import (
+    Statistics,
+    frechet,
+    inception_score,
+    precision_recall,
+)
+from toca_kernels.apps.evaluation.references import Reference
 
 
 def pictures(*shape, seed=0):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from toca_kernels.apps.prompts import read_classes, read_prompts
+from toca_kernels.apps.sampling.prompts import read_classes, read_prompts
 
 COCO = {
     "images": [{"id": 7}, {"id": 3}],

@@ -24,9 +24,11 @@ import toca_kernels as toca
 from models import sample, tiny_dit
 from pipelines import PIPELINES
 from test_trace import assert_equal
-from toca_kernels.apps import report, report_charts, report_images
-from toca_kernels.apps.report_page import page
+from toca_kernels.apps import report
+from toca_kernels.apps.reporting import charts, images
+from toca_kernels.apps.reporting.page import page
 from toca_kernels.apps.sampling import Request
+from toca_kernels.apps.storing.whole import save_text
 from toca_kernels.trace import Trace
 
 CONFIG = toca.ToCaConfig(interval=3, fresh_ratio=0.3, grid=2, bonus=0.6)
@@ -291,7 +293,7 @@ def test_bars_are_as_high_as_their_numbers():
 
 
 def test_dots_of_a_logarithmic_chart_are_where_their_numbers_are():
-    svg = report_charts.dots(
+    svg = charts.dots(
         [1, 10, 100], ["full"] * 3, lines=[], unit="", label="", title=lambda step: ""
     )
     high = [float(y) for y in re.findall(r'cy="([\d.]+)"', svg)]
@@ -324,7 +326,7 @@ def test_pictures_are_those_of_the_trace():
             ((given, _),) = found.all("img", **{"data-column": column, "data-sample": str(at)})
             expected = (255 * samples[at][:3]).round().astype(np.uint8)
             np.testing.assert_array_equal(decoded(given["src"]), expected.transpose(1, 2, 0))
-    scale = report_images.difference_scale(trace.result, trace.untouched)
+    scale = images.difference_scale(trace.result, trace.untouched)
     largest = np.abs(trace.result - trace.untouched).max()
     assert 0.5 < largest * scale <= 1 or scale == 1
     ((given, _),) = found.all("img", **{"data-column": f"difference × {scale}", "data-sample": "1"})
@@ -337,7 +339,7 @@ def test_pictures_are_those_of_the_trace():
 
 def test_large_pictures_are_made_smaller_and_keep_their_proportions():
     picture = np.linspace(0, 1, 600 * 1200, dtype=np.float32).reshape(1, 600, 1200)
-    pixels = decoded(report_images.picture(picture))
+    pixels = decoded(images.picture(picture))
     assert pixels.shape == (256, 512)
     assert abs(pixels.mean() - 127.5) < 1
 
@@ -387,11 +389,11 @@ def test_a_grid_that_nobody_told_is_that_of_the_picture_and_texts_have_none():
     (part,) = scene(page(flux_trace(), ""))["parts"]
     grids = {one["module"]: one["grid"] for one in part["modules"]}
     assert grids == {"img_mlp": [8, 8], "txt_mlp": None, "single_mlp": None}
-    wide = report_images.token_masks(flux_trace().parts[0], "img_mlp", (16, 64), 1)
+    wide = images.token_masks(flux_trace().parts[0], "img_mlp", (16, 64), 1)
     assert wide["grid"] == [4, 16]
-    odd = report_images.token_masks(flux_trace().parts[0], "img_mlp", (48, 64), 1)
+    odd = images.token_masks(flux_trace().parts[0], "img_mlp", (48, 64), 1)
     assert odd["grid"] is None
-    unknown = report_images.token_masks(flux_trace().parts[0], "img_mlp", None, None)
+    unknown = images.token_masks(flux_trace().parts[0], "img_mlp", None, None)
     assert unknown["grid"] is None
 
 
@@ -437,8 +439,8 @@ def test_samples_that_are_not_finite_are_said_to_be():
 
 def test_masks_of_long_videos_leave_layers_out(monkeypatch):
     part = tiny_trace().parts[0]
-    monkeypatch.setattr(report_images, "_LAYER_BYTES", STEPS * 4 * 64 * 2 // 8)
-    masks = report_images.token_masks(part, "mlp", (16, 16), 2)
+    monkeypatch.setattr(images, "_LAYER_BYTES", STEPS * 4 * 64 * 2 // 8)
+    masks = images.token_masks(part, "mlp", (16, 16), 2)
     assert (masks["layers"], masks["all"]) == ([0, 2], 3)
     bits = np.unpackbits(np.frombuffer(base64.b64decode(masks["bits"]), np.uint8))
     np.testing.assert_array_equal(bits.reshape(STEPS, 2, 4, 64), part.fresh("mlp")[:, [0, 2]])
@@ -454,7 +456,7 @@ def test_masks_of_long_videos_leave_layers_out(monkeypatch):
     ],
 )
 def test_ticks_are_round_and_reach_the_top(top, expected):
-    assert report_charts.nice_ticks(top) == pytest.approx(expected)
+    assert charts.nice_ticks(top) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -466,15 +468,16 @@ def test_ticks_are_round_and_reach_the_top(top, expected):
     ],
 )
 def test_ticks_of_ratios(low, top, expected):
-    assert report_charts.log_ticks(low, top) == expected
+    assert charts.log_ticks(low, top) == expected
 
 
 def test_style_and_script_are_in_the_package():
     """Files that are not Python must be named there."""
     packaged = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    (said,) = re.findall(r'^"toca_kernels\.apps" = \[(.*)\]', packaged, re.M)
-    beside = {path.suffix for path in Path(report.__file__).parent.iterdir() if path.is_file()}
-    assert {f"*{suffix}" for suffix in beside - {".py"}} <= set(re.findall(r'"(.*?)"', said))
+    (said,) = re.findall(r'^"toca_kernels\.apps\.reporting" = \[(.*)\]', packaged, re.M)
+    beside = {path.suffix for path in Path(charts.__file__).parent.iterdir() if path.is_file()}
+    assert beside == {".py", ".css", ".js"}
+    assert {"*.css", "*.js"} <= set(re.findall(r'"(.*?)"', said))
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -601,7 +604,7 @@ def browser(tmp_path):
 
 def written(tmp_path, trace):
     path = tmp_path / "page.html"
-    report.write(path, page(trace, "a title"))
+    save_text(path, page(trace, "a title"))
     return path
 
 

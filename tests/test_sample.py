@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from toca_kernels.apps import sample, sample_draw, sample_files
-from toca_kernels.apps.sampling import load, noise
+from toca_kernels.apps import sample
+from toca_kernels.apps.drawing import files
+from toca_kernels.apps.drawing.batches import Drawer
+from toca_kernels.apps.sampling import noise
+from toca_kernels.apps.sampling.loading import load
+from toca_kernels.apps.storing.pictures import to_bytes
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "sampler.py"
 
@@ -118,7 +122,7 @@ def expected(target: str, count: int = 10, **call) -> np.ndarray:
     rows = sampler.sample(
         [sample.Request(i, one) for i, one in enumerate(conditions)], seed=0, steps=3
     )
-    return sample_files.to_bytes(rows)
+    return to_bytes(rows)
 
 
 # --- what is written -----------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def test_pictures(own, tmp_path, capsys):
 def test_rounding():
     levels = torch.tensor([0.0, 0.4 / 255, 0.5 / 255, 1.4 / 255, 254.6 / 255, 1.0])
     rows = levels.view(1, 1, 1, 6)
-    assert sample_files.to_bytes(rows).ravel().tolist() == [0, 0, 1, 1, 255, 255]
+    assert to_bytes(rows).ravel().tolist() == [0, 0, 1, 1, 255, 255]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (1, 8, 6), (5, 3, 8, 6)])
@@ -214,7 +218,7 @@ def test_digits_with_toca(tmp_path, monkeypatch):
 # --- resuming ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sample_files.FORMATS)
+@pytest.mark.parametrize("kind", files.FORMATS)
 def test_what_is_there_is_kept(kind, own, tmp_path, capsys):
     out = tmp_path / "out"
     draw(own, out, "--format", kind)
@@ -225,15 +229,15 @@ def test_what_is_there_is_kept(kind, own, tmp_path, capsys):
     assert "all 10 samples are there" in said or " 0 of them drawn now" in said
 
 
-@pytest.mark.parametrize("kind", sample_files.FORMATS)
+@pytest.mark.parametrize("kind", files.FORMATS)
 def test_a_run_that_was_stopped_ends_with_the_same_files(kind, own, tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     draw(own, whole, "--format", kind)
     wrong(own, stop=6)
     assert draw(own, out, "--format", kind) == 130
     assert "the same command goes on" in capsys.readouterr().out
-    assert sample_files.is_done(out, 0)
-    assert not sample_files.is_done(out, 1)
+    assert files.is_done(out, 0)
+    assert not files.is_done(out, 1)
     partial = out / "batches" / ".000001.npz.abcd.partial"  # of a process that was killed
     partial.write_bytes(b"half")
     before = stamps(out)
@@ -265,7 +269,7 @@ def spoil(out: Path, kind: str) -> set[str]:
     return {*name.values(), *records}
 
 
-@pytest.mark.parametrize("kind", sample_files.FORMATS)
+@pytest.mark.parametrize("kind", files.FORMATS)
 def test_damaged_files_are_found_and_nothing_else_is_touched(kind, own, tmp_path):
     out = tmp_path / "out"
     draw(own, out, "--format", kind, size=2)
@@ -405,7 +409,7 @@ def test_memory_of_a_failed_call_is_freed_before_the_next():
             raise torch.OutOfMemoryError
         return x[None].clone()
 
-    drawer = sample_draw.Drawer(call, lambda: None, 4)
+    drawer = Drawer(call, lambda: None, 4)
     assert drawer([sample.Request(i, 0) for i in range(4)])[1] == [1, 1, 1, 1]
 
 
@@ -456,7 +460,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(at)], check=True)
 
 
-@pytest.mark.parametrize("kind", sample_files.FORMATS)
+@pytest.mark.parametrize("kind", files.FORMATS)
 def test_a_full_disk(kind, own, tmp_path, small_disk):
     out, whole = small_disk / "out", tmp_path / "whole"
     shape = (3, 24, 24)

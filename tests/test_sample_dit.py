@@ -10,7 +10,8 @@ import models
 import toca_kernels as toca
 from pipelines import tiny_decoder
 from test_sampling import STEPS, check_alone, loaded, requests, write
-from toca_kernels.apps.sampling import Request, load, noise
+from toca_kernels.apps.sampling import Request, noise
+from toca_kernels.apps.sampling.loading import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own
 

@@ -12,18 +12,12 @@ import models
 import toca_kernels as toca
 from pipelines import PIPELINES, TEXT, tiny_decoder
 from published import noise as fixed_noise
-from toca_kernels.apps.sampling import (
-    LatentSampler,
-    Request,
-    Sampler,
-    fingerprint,
-    generators,
-    load,
-    noise,
-    seed_of,
-)
-from toca_kernels.apps.sampling_noise import OuterCall, OwnNoise
-from toca_kernels.apps.sampling_pipeline import PipelineSampler
+from toca_kernels.apps.sampling import LatentSampler, Request, Sampler, noise
+from toca_kernels.apps.sampling.generators import generators, seed_of
+from toca_kernels.apps.sampling.loading import load
+from toca_kernels.apps.sampling.own_noise import OuterCall, OwnNoise
+from toca_kernels.apps.sampling.pipeline_sampler import PipelineSampler
+from toca_kernels.apps.sampling.weights import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "sampler.py"

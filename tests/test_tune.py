@@ -17,9 +17,10 @@ from models import diffusers, tiny_dit
 from pipelines import PIPELINES
 from toca_kernels import ToCaConfig, enable, enabled
 from toca_kernels.apps import tune
-from toca_kernels.apps.rounds import Times
-from toca_kernels.apps.sampling import Request, load
-from toca_kernels.apps.settings import Setting
+from toca_kernels.apps.evaluation.rounds import Times
+from toca_kernels.apps.evaluation.settings import Setting
+from toca_kernels.apps.sampling import Request
+from toca_kernels.apps.sampling.loading import load
 from toca_kernels.apps.tuning import confirm, cost, probe, schedule, search, space, timed
 from toca_kernels.apps.tuning.state import State
 from toca_kernels.apps.tuning.trials import Score, Trials
@@ -463,7 +464,7 @@ def test_seconds_are_measured_and_kept(tiny):
 
 PIPELINE = """
 from models import tiny_pipeline
-from toca_kernels.apps.sampling_pipeline import PipelineSampler
+from toca_kernels.apps.sampling.pipeline_sampler import PipelineSampler
 
 def sampler(*, device, dtype, folder):
     return PipelineSampler(tiny_pipeline(), {"guidance_scale": 4.0})

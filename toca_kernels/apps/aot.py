@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be here, and read what the code costs.
 
-    python -m toca_kernels.apps.aot                      the shapes of apps/shapes.py
+    python -m toca_kernels.apps.aot                      the shapes of measuring/shapes.py
     python -m toca_kernels.apps.aot --tokens 4096 --channels 3072 --heads 24 --selected 410
 
 Launchers run on tensors of the meta device and their launches are recorded, so what is compiled is
@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from .. import triton as kernels
 from ..features import ForecastCache
 from ..ops import MAX_EXPONENT
-from .shapes import SHAPES, Shape, add_arguments, from_arguments
+from .measuring.shapes import SHAPES, Shape, add_arguments, from_arguments
 
 ARCHS = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program can have

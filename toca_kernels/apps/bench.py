@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from .._backends import NAMES, backends, native_on_cuda, resolve
-from . import shapes, timing
-from .cases import CASES, Case, Inputs
-from .shapes import DTYPES, SHAPES, Shape
-from .timing import Clock, Runs, Spread
+from .measuring import shapes, timing
+from .measuring.cases import CASES, Case, Inputs
+from .measuring.shapes import DTYPES, SHAPES, Shape
+from .measuring.timing import Clock, Runs, Spread
 
 Row = dict[str, Any]
 

@@ -34,9 +34,10 @@ from .. import models
 from ..config import ToCaConfig
 from ..plan import Plan
 from ..session import Session, enabled
-from . import pipelines, timing
-from .shapes import DTYPES
-from .watch import Watch, relative
+from .measuring import timing
+from .measuring.shapes import DTYPES
+from .measuring.watch import Watch, relative
+from .sampling import pipelines
 
 # Relative errors.  On the trained model of examples/digits: where the result is off by 4 % (36 dB)
 # its modules are by 0.08 to 0.24, where it is by 14 % (25 dB) they are by 0.2 to 0.5.

@@ -29,18 +29,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import features, prompts, references, stored, timing
-from .generation import Job, Source, check, generate, jobs
-from .metrics import missing
-from .pareto import draw_pareto
-from .perceptual import ClipScore, Lpips
-from .quality import COLUMNS, Found, Judges, frames, measure, rows
-from .references import Reference
-from .rounds import Rounds
-from .sampling import Sampler
-from .settings import Setting, fingerprint, read_settings
-from .shapes import DTYPES
-from .side_by_side import SHOWN, draw_side_by_side
+from .evaluation import features, references
+from .evaluation.generation import Job, Source, check, generate, jobs
+from .evaluation.metrics import missing
+from .evaluation.pareto import draw_pareto
+from .evaluation.perceptual import ClipScore, Lpips
+from .evaluation.quality import COLUMNS, Found, Judges, frames, measure, rows
+from .evaluation.references import Reference
+from .evaluation.rounds import Rounds
+from .evaluation.settings import Setting, fingerprint, read_settings
+from .evaluation.side_by_side import SHOWN, draw_side_by_side
+from .measuring import timing
+from .measuring.shapes import DTYPES
+from .sampling import prompts
+from .sampling.sampler import Sampler
+from .storing import whole
+from .storing.pictures import save_samples
 
 _DRAWN = ("fid", "psnr")  # metrics that get a plot
 _SHOWN = {  # columns of the printed table -> format
@@ -269,7 +273,7 @@ def _write(
 ) -> None:
     settings = [one.setting for one in found]
     _write_csv(args.out / "results.csv", made)
-    stored.save_json(
+    whole.save_json(
         args.out / "results.json",
         {
             "benchmark": "eval",
@@ -306,7 +310,7 @@ def _write_csv(path: Path, made: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(made)  # None is an empty cell
-    stored.save_text(path, text.getvalue())
+    whole.save_text(path, text.getvalue())
 
 
 def _export(args: argparse.Namespace, settings: Sequence[Setting], all_jobs: list[Job]) -> None:
@@ -316,7 +320,7 @@ def _export(args: argparse.Namespace, settings: Sequence[Setting], all_jobs: lis
             for job in all_jobs
             if job.setting == setting
         ]
-        stored.save_samples(args.out / "export" / f"{number:02d}-{setting.slug}.npz", parts)
+        save_samples(args.out / "export" / f"{number:02d}-{setting.slug}.npz", parts)
 
 
 def _plain(value: Any) -> Any:

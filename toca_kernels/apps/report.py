@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,13 @@ from ..config import ToCaConfig
 from ..recorder import Recorder
 from ..session import enabled
 from ..trace import Floats, Trace
-from . import prompts, report_page, sampling, timing
-from .sampling import Request, Sampler
-from .shapes import DTYPES
-from .watch import Watch
+from .measuring import timing
+from .measuring.shapes import DTYPES
+from .measuring.watch import Watch
+from .reporting.page import page
+from .sampling import loading, prompts
+from .sampling.sampler import Request, Sampler
+from .storing.whole import save_text
 
 _WARMUP = 4  # steps
 _COUNT = 8
@@ -56,7 +58,7 @@ def record(
     """Sample untouched and with ToCa, and record what the steps did.
 
     Args:
-        sampler: see sampling.py.
+        sampler: see sampling/sampler.py.
         requests: what to draw, in one batch.
         config: the settings.
         seed: of the noise.
@@ -251,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         trace.save(args.trace)
     title = args.title or "/".join(Path(args.target).parts[-2:])
-    write(args.out, report_page.page(trace, title))
+    save_text(Path(args.out), page(trace, title))
     print(f"{args.out}: {trace.num_steps} steps, FLOPs ratio {trace.flops_ratio:.2f}, ", end="")
     print("not timed" if trace.speedup is None else f"speed-up {trace.speedup:.2f}")
     return 0
@@ -276,7 +278,7 @@ def _recorded(args: argparse.Namespace) -> Trace:
         raise ValueError(f"call: expected a JSON object, got {args.call!r}") from None
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    sampler = sampling.load(args.target, device=device, dtype=dtype, arguments=arguments)
+    sampler = loading.load(args.target, device=device, dtype=dtype, arguments=arguments)
     steps = sampler.num_steps if args.steps is None else args.steps
     if steps < 2:
         raise ValueError(f"steps: expected at least 2, the first is full, got {steps}")
@@ -313,14 +315,3 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     return [Request(at, conditions[at % len(conditions)]) for at in range(count)]
-
-
-def write(path: str | Path, text: str) -> None:
-    """Write the file whole; a reader sees the old one or the new."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -34,12 +34,14 @@ from torch import Tensor
 from .. import __version__
 from ..config import ToCaConfig
 from ..session import Session, enabled
-from . import sample_files as files
-from .prompts import read_classes, read_prompts
-from .sample_draw import Drawer, Progress
-from .sample_world import World, world
-from .sampling import LatentSampler, Request, Sampler, fingerprint, load
-from .shapes import DTYPES
+from .drawing import files
+from .drawing.batches import Drawer, Progress
+from .drawing.world import World, world
+from .measuring.shapes import DTYPES
+from .sampling.loading import load
+from .sampling.prompts import read_classes, read_prompts
+from .sampling.sampler import LatentSampler, Request, Sampler
+from .sampling.weights import fingerprint
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Job:
         config: settings of ToCa; None: the model is left as it is.
         steps, seed, batch_size, cuda_graph: as on the command line.
         device: of the model.
-        folder, kind: where to, and one of `sample_files.FORMATS`.
+        folder, kind: where to, and one of `files.FORMATS`.
     """
 
     sampler: Sampler

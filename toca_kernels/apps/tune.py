@@ -31,13 +31,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ToCaConfig
-from . import prompts, stored, timing
-from .generation import Source, weights_mark
-from .metrics import missing
-from .rounds import Times
-from .sampling import Request, Sampler
-from .settings import Setting, fingerprint
-from .shapes import DTYPES
+from .evaluation.generation import Source, weights_mark
+from .evaluation.metrics import missing
+from .evaluation.rounds import Times
+from .evaluation.settings import Setting, fingerprint
+from .measuring import timing
+from .measuring.shapes import DTYPES
+from .sampling import prompts
+from .sampling.sampler import Request, Sampler
+from .storing import whole
 from .tuning import probe as probing
 from .tuning import timed
 from .tuning.confirm import confirm
@@ -386,6 +388,6 @@ def _write(args: argparse.Namespace, source: Source, found: Findings) -> None:
         "machine": timing.machine(source.device),
         "target": source.target,
     }
-    stored.save_json(beside, {**about, **found.plain()})
+    whole.save_json(beside, {**about, **found.plain()})
     print(found)
     print(f"{args.out} is for runs of {found.steps} steps; the report is in {beside}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ...config import ToCaConfig
-from ..rounds import Rounds, Times
-from ..sampling import Request, Sampler
-from ..settings import UNTOUCHED, Setting
+from ..evaluation.rounds import Rounds, Times
+from ..evaluation.settings import UNTOUCHED, Setting
+from ..sampling.sampler import Request, Sampler
 from .search import Search
 from .state import State
 

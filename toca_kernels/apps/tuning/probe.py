@@ -16,7 +16,7 @@ from ...blocks.block import Block
 from ...config import ToCaConfig
 from ...plan import Plan
 from ...session import Session, enabled
-from ..sampling import Request, Sampler
+from ..sampling.sampler import Request, Sampler
 from .cost import RATIOS, CostTable, growing
 
 _VALUES = 8192  # of a module's output in a layer are looked at, drawn at random

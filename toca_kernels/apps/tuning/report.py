@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...config import ToCaConfig
-from .. import timing
-from ..rounds import Times
+from ..evaluation.rounds import Times
+from ..measuring import timing
 from . import schedule
 from .cost import ORDERS, RATIOS, CostTable
 from .probe import Gram, Probe

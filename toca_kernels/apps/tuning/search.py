@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...config import ToCaConfig
-from ..pareto import front
+from ..evaluation.pareto import front
 from .space import Candidates
 from .trials import Score
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from ...config import ToCaConfig
 from ...plan import Plan
-from ..generation import sampling_with
-from ..sampling import Sampler
-from ..settings import Setting
+from ..evaluation.generation import sampling_with
+from ..evaluation.settings import Setting
+from ..sampling.sampler import Sampler
 from . import schedule
 from .cost import ORDERS, CostTable
 from .probe import Probe

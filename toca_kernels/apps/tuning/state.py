@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import stored
-from ..settings import fingerprint
+from ..evaluation.settings import fingerprint
+from ..storing import arrays, whole
 from .cost import CostTable
 from .probe import Probe, Shapes
 
@@ -36,7 +36,7 @@ class State:
         if held is None:
             if folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"state: expected a folder of toca tune or an empty one: {folder}")
-            stored.save_json(folder / _ABOUT, dict(about))
+            whole.save_json(folder / _ABOUT, dict(about))
         elif held != json.loads(json.dumps(dict(about))):
             other = [name for name in {**held, **about} if _differs(held, about, name)]
             raise ValueError(
@@ -51,13 +51,13 @@ class State:
     def keep(self, key: str, found: Mapping[str, Any]) -> None:
         """Store a trial."""
         self.trials[key] = dict(found)
-        stored.save_json(self.folder / _TRIALS, self.trials)
+        whole.save_json(self.folder / _TRIALS, self.trials)
 
     # --- probe and costs ---
 
     def probe(self) -> Probe | None:
         """The stored one."""
-        held = stored.read(self.folder / _PROBE, self.mark)
+        held = arrays.read(self.folder / _PROBE, self.mark)
         if held is None:
             return None
         known = json.loads(str(held["known"]))
@@ -68,7 +68,7 @@ class State:
         """Store it."""
         known = {"shapes": asdict(probe.shapes), "flops": probe.flops.to_dict()}
         grams = {f"gram {name}": gram for name, gram in probe.grams.items()}
-        stored.save(self.folder / _PROBE, self.mark, {"known": json.dumps(known), **grams})
+        arrays.save(self.folder / _PROBE, self.mark, {"known": json.dumps(known), **grams})
 
     def costs(self) -> CostTable | None:
         """The stored table of seconds."""
@@ -77,7 +77,7 @@ class State:
 
     def keep_costs(self, table: CostTable) -> None:
         """Store it."""
-        stored.save_json(self.folder / _COSTS, table.to_dict())
+        whole.save_json(self.folder / _COSTS, table.to_dict())
 
     @property
     def times(self) -> Path:

@@ -12,10 +12,10 @@ import torch
 
 from ...config import ToCaConfig
 from ...session import Session
-from ..generation import sampling_with
-from ..sampling import Request, Sampler
-from ..settings import Setting
-from ..watch import Watch
+from ..evaluation.generation import sampling_with
+from ..evaluation.settings import Setting
+from ..measuring.watch import Watch
+from ..sampling.sampler import Request, Sampler
 from .cost import ORDERS, RATIOS, CostTable, growing, with_seconds
 from .space import Space
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...config import ToCaConfig
 from ...session import Session
-from .. import metrics
-from ..generation import sampling_with
-from ..quality import frames
-from ..sampling import Request, Sampler
-from ..settings import Setting, fingerprint
+from ..evaluation import metrics
+from ..evaluation.generation import sampling_with
+from ..evaluation.quality import frames
+from ..evaluation.settings import Setting, fingerprint
+from ..sampling.sampler import Request, Sampler
 from .cost import CostTable
 from .state import State
 

@@ -11,53 +11,29 @@ done.json                its checksum
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
 import os
-import secrets
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from ..storing.pictures import rgb, save_npz, to_bytes
+from ..storing.whole import remove_partials, whole_file
 
 FORMATS = ("png", "npz", "safetensors")
 RUN, DONE, SAMPLES, BATCHES = "run.json", "done.json", "samples.jsonl", "batches"
-_PARTIAL = ".partial"
 _CHUNK = 1 << 22
 
 
 # --- writing -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its place when the block ends, and leaves nothing if it fails.
-
-    Raises:
-        OSError: it cannot be written; the message says where and why.
-    """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"{reason}; make room and run the same command again, it goes on from here"
-        raise OSError(f"{path}: cannot be written: {reason}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def write(path: Path, content: bytes) -> str:
@@ -83,13 +59,6 @@ def checksum(path: Path) -> str | None:
 
 def dump(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
-def remove_partials(folder: Path) -> None:
-    """What a run that was killed left half written."""
-    for place in (folder, folder / BATCHES):
-        for path in place.glob(f".*{_PARTIAL}"):
-            path.unlink(missing_ok=True)
 
 
 # --- a batch -------------------------------------------------------------------------------------
@@ -157,7 +126,7 @@ def _contents(
                     yield f"{index:06d}_{number:04d}.png", _png(frame)
     elif kind == "npz":
         buffer = io.BytesIO()
-        np.savez(buffer, arr_0=_coloured(to_bytes(rows)))
+        np.savez(buffer, arr_0=to_bytes(rgb(rows)))
         yield batch_file(batch, kind), buffer.getvalue()
     else:
         try:
@@ -168,22 +137,7 @@ def _contents(
         yield batch_file(batch, kind), save(named)
 
 
-def to_bytes(rows: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(B, …, C, H, W) in [0, 1] to (B, …, H, W, C) uint8, rounded; halves are rounded up."""
-    pixels = (rows.movedim(-3, -1) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
-    found: np.ndarray[Any, np.dtype[np.uint8]] = pixels.contiguous().numpy()
-    return found
-
-
-def _coloured(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """With three channels, as evaluators read them."""
-    channels = pixels.shape[-1]
-    if channels not in (1, 3):
-        raise ValueError(f"npz: expected pictures of 1 or 3 channels, got {channels}")
-    return np.repeat(pixels, 3, axis=-1) if channels == 1 else pixels
-
-
-def _png(pixels: np.ndarray[Any, Any]) -> bytes:
+def _png(pixels: NDArray[Any]) -> bytes:
     try:
         from PIL import Image
     except ImportError:
@@ -215,28 +169,25 @@ def assemble(folder: Path, batches: int, count: int) -> Path:
     """
     shape = _array(folder, 0).shape[1:]
     path = folder / f"samples_{'x'.join(map(str, (count, *shape)))}.npz"
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-    with (
-        whole_file(path) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as entry,
-    ):
-        np.lib.format.write_array_header_1_0(entry, header)
-        for batch in range(batches):
-            part = _array(folder, batch)
-            if part.shape[1:] != shape:
-                raise ValueError(
-                    f"{batch_file(batch, 'npz')}: expected samples of the shape {shape} as in "
-                    f"the first batch, got {part.shape[1:]}"
-                )
-            entry.write(part.tobytes())
+    save_npz(path, (count, *shape), _arrays(folder, batches, shape))
     write(folder / DONE, dump({"file": path.name, "sha256": checksum(path)}))
     return path
 
 
-def _array(folder: Path, batch: int) -> np.ndarray[Any, Any]:
+def _arrays(folder: Path, batches: int, shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    for batch in range(batches):
+        part = _array(folder, batch)
+        if part.shape[1:] != shape:
+            raise ValueError(
+                f"{batch_file(batch, 'npz')}: expected samples of the shape {shape} as in "
+                f"the first batch, got {part.shape[1:]}"
+            )
+        yield part
+
+
+def _array(folder: Path, batch: int) -> NDArray[Any]:
     with np.load(folder / batch_file(batch, "npz")) as archive:
-        found: np.ndarray[Any, Any] = archive["arr_0"]
+        found: NDArray[Any] = archive["arr_0"]
     return found
 
 
@@ -278,7 +229,8 @@ def claim(folder: Path, settings: Mapping[str, Any], samples: bytes) -> None:
                 f"{folder}: expected an empty folder or one of this run, but it has {strange.name} "
                 f"and no {RUN}; give another --out"
             )
-    remove_partials(folder)
+    for place in (folder, folder / BATCHES):
+        remove_partials(place)
     write(folder / RUN, dump(settings))
     write(folder / SAMPLES, samples)
 

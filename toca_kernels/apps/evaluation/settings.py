@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..config import ToCaConfig
-from ..plan import check_integer
+from ... import __version__
+from ...config import ToCaConfig
+from ...plan import check_integer
 
 UNTOUCHED = "untouched"
 

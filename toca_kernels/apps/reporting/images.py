@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from ..plan import module_kind
-from ..trace import Part, Trace
+from ...plan import module_kind
+from ...trace import Part, Trace
 
 Pixels = NDArray[Any]
 

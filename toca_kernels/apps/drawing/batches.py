@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sampling import Request
+from ..sampling.sampler import Request
 
 # What allocators say that raise no error of their own.
 _SAYS_NO_MEMORY = (

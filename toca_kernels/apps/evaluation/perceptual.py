@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import rgb, state_dict
+from ..storing.pictures import rgb
+from .features import state_dict
 from .metrics import missing
 
 _TAPS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # layers behind which LPIPS compares

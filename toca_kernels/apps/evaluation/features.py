@@ -15,17 +15,16 @@ It is given by its file:
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..sampling import python_file
+from ..storing.pictures import rgb
 from .metrics import missing
 
 _ADM_CHANNELS = 7  # of the feature map that sFID is taken of: 17 · 17 · 7 = 2023 numbers
@@ -129,7 +128,7 @@ Loaded = tuple[Callable[[Tensor], Features], Callable[[], Tensor] | None]
 
 
 def _of_python(path: Path, device: torch.device) -> Loaded:
-    module = _module(path)
+    module = python_file.module(path)
     make = getattr(module, "features", None)
     if not callable(make):
         raise ValueError(f"{path}: expected a function features(), there is none")
@@ -139,23 +138,6 @@ def _of_python(path: Path, device: torch.device) -> Loaded:
             f"{path}: expected features() to return a function, got {type(run).__name__}"
         )
     return lambda images: _features(path.name, run(images)), getattr(module, "reference", None)
-
-
-def _module(path: Path) -> ModuleType:
-    """A file as a module, which may import what lies beside it."""
-    folder = str(path.parent.resolve())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(f"_toca_features_{place}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return module
 
 
 def _features(name: str, found: Any) -> Features:
@@ -244,19 +226,6 @@ def state_dict(path: str | Path) -> dict[str, Tensor]:
 def _brief(error: Exception) -> str:
     """The first of the lines that torch writes."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def rgb(images: Tensor) -> Tensor:
-    """(B, 3, H, W): grey pictures in three channels.
-
-    Raises:
-        ValueError: pictures of neither 1 nor 3 channels.
-    """
-    if images.shape[1] == 1:
-        return images.expand(-1, 3, -1, -1)
-    if images.shape[1] != 3:
-        raise ValueError(f"pictures: expected 1 or 3 channels, got {images.shape[1]}")
-    return images
 
 
 def _bytes(images: Tensor) -> Tensor:

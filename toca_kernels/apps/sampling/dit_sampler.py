@@ -3,7 +3,7 @@
     toca sample DiT-XL-2-256x256.pt --checkout ~/DiT --classes 0-999 --count 50000 --out samples
 
 Of the checkout are used `DiT_models` of models.py and `create_diffusion` of the package diffusion,
-as its sample_ddp.py uses them; noise of later steps is each sample's own as well (sampling_noise).
+as its sample_ddp.py uses them; noise of later steps is each sample's own as well (own_noise).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .sampling import Request, generators, seed_of
-from .sampling_noise import OuterCall, OwnNoise, watched
+from .generators import generators, seed_of
+from .own_noise import OuterCall, OwnNoise, watched
+from .sampler import Request
 
 _DOWN = 8  # pixels for each latent, of the autoencoder
 _MODULES = ("models", "diffusion")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .. import __version__, backends
+from ... import __version__, backends
 
 T = TypeVar("T")
 Runs = dict[str, Callable[[], object]]

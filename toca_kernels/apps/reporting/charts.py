@@ -1,4 +1,4 @@
-"""Charts of `toca report` as inline SVG; colours are classes of report.css."""
+"""Charts of `toca report` as inline SVG; colours are classes of page.css."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import pipelines
-from .sampling import Request, generators, seed_of
-from .sampling_noise import OwnNoise, watched
+from .generators import generators, seed_of
+from .own_noise import OwnNoise, watched
+from .sampler import Request
 
 _OURS = {
     "class_labels": "classes are given for each sample",

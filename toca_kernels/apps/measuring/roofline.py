@@ -2,7 +2,7 @@
 
 `work` is the only place where bytes and FLOPs are counted; `toca bench` divides them by its times.
 
-    python -m toca_kernels.apps.roofline                 a Markdown table of the shapes of shapes.py
+    python -m toca_kernels.apps.measuring.roofline       a Markdown table of the shapes of shapes.py
 
 A model, not a measurement: an op takes as long as the slowest of its memory traffic (every input
 read once, every output written once), its matrix products and its exponentials, or as one kernel

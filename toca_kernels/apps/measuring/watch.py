@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks.block import Block, BlockState
-from ..session import Session
+from ...blocks.block import Block, BlockState
+from ...session import Session
 
 _TOKENS = 1024  # of a sample, evenly spread, are compared: a video's would not fit in memory
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, reference
-from ..native import PackedLinear, packing_unavailable
+from ... import ops, reference
+from ...native import PackedLinear, packing_unavailable
 from .roofline import Work, work
 from .shapes import Shape
 from .timing import Runs

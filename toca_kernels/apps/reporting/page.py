@@ -1,6 +1,6 @@
 """The page of `toca report`: a trace as one HTML file that needs nothing else, not even a network.
 
-Charts and tables are written here and can be read without the script; report.js draws the tokens.
+Charts and tables are written here and can be read without the script; page.js draws the tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..trace import Part, Trace
-from . import report_images as images
-from . import report_numbers as numbers
-from .metrics import psnr
-from .report_html import MEMORY, MIB, html_legend, part_name, sample_caption, sample_count
+from ...trace import Part, Trace
+from ..evaluation.metrics import psnr
+from . import images, numbers
+from .html import MEMORY, MIB, html_legend, part_name, sample_caption, sample_count
 
 _SHOWN = 24  # samples, before and after
 
@@ -25,8 +24,8 @@ _SHOWN = 24  # samples, before and after
 def page(trace: Trace, title: str) -> str:
     """The HTML of a trace; the title is plain text, as all of the trace's own texts are."""
     folder = files(__package__)
-    style = folder.joinpath("report.css").read_text(encoding="utf-8")
-    script = folder.joinpath("report.js").read_text(encoding="utf-8")
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    script = folder.joinpath("page.js").read_text(encoding="utf-8")
     body = "\n".join(
         [
             _header(trace, title),

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ToCaConfig
-from ..trace import Trace
-from . import report_charts as charts
-from . import report_images as images
-from .report_html import (
+from ...config import ToCaConfig
+from ...trace import Trace
+from . import charts, images
+from .html import (
     MEMORY,
     MIB,
     flops_text,

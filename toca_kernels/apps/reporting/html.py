@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ..trace import Part, Trace
+from ...trace import Part, Trace
 
 MIB = 1 / 2**20
 MEMORY = {

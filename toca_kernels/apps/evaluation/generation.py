@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..session import Session, enabled
-from . import sampling, stored
-from .sampling import Request, Sampler
+from ...session import Session, enabled
+from ..measuring.shapes import DTYPES
+from ..sampling import loading
+from ..sampling.sampler import Request, Sampler
+from ..storing import arrays
 from .settings import Setting
-from .shapes import DTYPES
 
 COUNTED = ("flops_full", "flops_done", "nan_scores")
 _POLL = 0.2  # seconds between looks at what the workers have done
@@ -50,7 +51,7 @@ class Source:
         return cls(args.target, device, dtype, arguments)
 
     def load(self) -> Sampler:
-        return sampling.load(
+        return loading.load(
             self.target,
             device=torch.device(self.device),
             dtype=DTYPES[self.dtype],
@@ -79,7 +80,7 @@ class Job:
 
     def is_done(self) -> bool:
         """Whether the samples are stored, whole."""
-        return stored.read(self.path, self.fingerprint) is not None
+        return arrays.read(self.path, self.fingerprint) is not None
 
     def pictures(self) -> Tensor:
         """The samples (B, C, H, W) or (B, F, C, H, W), float16.
@@ -97,8 +98,8 @@ class Job:
         """
         return {name: float(value) for name, value in self._read(*COUNTED).items()}
 
-    def _read(self, *names: str) -> stored.Arrays:
-        held = stored.read(self.path, self.fingerprint, names)
+    def _read(self, *names: str) -> arrays.Arrays:
+        held = arrays.read(self.path, self.fingerprint, names)
         if held is None:
             raise RuntimeError(f"{self.path}: expected samples of {self.setting.name}, got none")
         return held
@@ -217,7 +218,7 @@ def draw(sampler: Sampler, job: Job, progress: Callable[[int], object]) -> None:
                 for name in COUNTED:
                     counted[name] += getattr(summary, name)
             progress(len(requests))
-    stored.save(job.path, job.fingerprint, {"images": np.concatenate(images), **counted})
+    arrays.save(job.path, job.fingerprint, {"images": np.concatenate(images), **counted})
 
 
 def generate(

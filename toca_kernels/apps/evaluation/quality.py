@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import metrics, stored
+from ..storing import arrays
+from . import metrics
 from .features import Extractor, Features
 from .generation import Job
 from .perceptual import ClipScore, Lpips
@@ -84,10 +85,10 @@ def measure(job: Job, base: Job, judges: Judges, *, batch: int, folder: Path) ->
     """
     mark = fingerprint(samples=job.fingerprint, base=base.fingerprint, judges=judges.mark)
     path = folder / f"{mark}.npz"
-    held = stored.read(path, mark)
+    held = arrays.read(path, mark)
     if held is None:
         found = _measured(job, base, judges, batch)
-        stored.save(path, mark, {name: value.numpy() for name, value in found.items()})
+        arrays.save(path, mark, {name: value.numpy() for name, value in found.items()})
         return found
     return {name: torch.from_numpy(np.asarray(value)) for name, value in held.items()}
 

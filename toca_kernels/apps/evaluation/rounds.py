@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from . import stored
+from ..sampling.sampler import Request, Sampler
+from ..storing import whole
 from .generation import sampling_with
-from .sampling import Request, Sampler
 from .settings import Setting
 
 Round = dict[str, float]  # setting's mark -> seconds
@@ -105,7 +105,7 @@ class Rounds:
                 progress(1)
             if warm:
                 self._rounds.append(found)
-                stored.save_json(self._path, {"about": self._about, "rounds": self._rounds})
+                whole.save_json(self._path, {"about": self._about, "rounds": self._rounds})
             warm = True
 
     def turns(self, rounds: int) -> int:

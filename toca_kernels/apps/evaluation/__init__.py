@@ -1,0 +1,1 @@
+"""The parts of `toca eval`: settings, their samples and times, quality, the pictures of it."""
