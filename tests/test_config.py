@@ -54,7 +54,7 @@ GIVEN = ToCaConfig(
 
 
 def test_preset_names() -> None:
-    assert ToCaConfig.presets() == PRESETS
+    assert ToCaConfig.presets() == [*PRESETS, "forecast"]
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,16 @@ def test_settings_that_do_not_fit_are_refused_at_once(model, settings, message):
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("config", [None, {"interval": 3}, "dit-ddim50", ToCaConfig])
+def test_without_a_config_everything_is_forecast(model):
+    untouched = sample(model, 8)
+    with toca.enabled(model, num_steps=8):
+        out = sample(model, 8)
+    assert not torch.equal(out, untouched)
+    with toca.enabled(model, ToCaConfig.preset("forecast"), num_steps=8):
+        assert torch.equal(sample(model, 8), out)
+
+
+@pytest.mark.parametrize("config", [{"interval": 3}, "dit-ddim50", ToCaConfig])
 def test_a_config_of_the_wrong_type(model, config):
     with pytest.raises(ValueError, match="config: expected a ToCaConfig, got"):
         toca.enable(model, config, num_steps=8)

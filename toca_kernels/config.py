@@ -218,18 +218,19 @@ class ToCaConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ToCaConfig:
-        """The settings published for a model, with some of them replaced.
+        """Settings that are known by a name, with some of them replaced.
 
             dit-ddim50        DiT-XL/2 256, DDIM 50 steps, N = 3
             dit-ddpm250       DiT-XL/2 256, DDPM 250 steps, N = 4
             pixart-dpm20      PixArt-alpha 256, DPM-Solver++ 20 steps, N = 3
             opensora-rflow30  Open-Sora 1.2, rectified flow 30 steps
             flux-50           FLUX.1-dev 1024, 50 steps, N = 4
+            forecast          not published: any model; all outputs extrapolated, N = 3
 
-        At the model's own depth they are exact to the step and to the token, for any number of
-        steps and tokens and any interval and ratio. With `fresh_ratio=0` the published code turns
-        into FORA (everything reused), with a fixed period and only the first step of FLUX full;
-        so does the preset, unless an override says otherwise.
+        At the model's own depth the published ones are exact to the step and to the token, for any
+        number of steps and tokens and any interval and ratio. With `fresh_ratio=0` the published
+        code turns into FORA (everything reused), with a fixed period and only the first step of
+        FLUX full; so does the preset, unless an override says otherwise.
         """
         if name not in cls.presets():
             raise ValueError(f"preset: expected one of {cls.presets()}, got {name!r}")

@@ -250,7 +250,7 @@ def _speedup(done: Sequence[Done], seconds: float) -> float:
 
 def enable(
     model_or_pipeline: Any,
-    config: ToCaConfig,
+    config: ToCaConfig | None = None,
     *,
     num_steps: int | None = None,
     timesteps: Sequence[float] | Tensor | None = None,
@@ -264,7 +264,7 @@ def enable(
 
     Args:
         model_or_pipeline: a supported model, or a pipeline whose `transformer` is one.
-        config: settings, usually `ToCaConfig.preset(...)`.
+        config: settings, usually `ToCaConfig.preset(...)`; None is `preset("forecast")`.
         num_steps: steps of a run, one model call each (two with separate guidance calls).  A
             pipeline's scheduler tells it; a model alone cannot.
         timesteps: the timesteps of a run, as the model will be given them, if known: they let
@@ -284,6 +284,7 @@ def enable(
             already enabled, or the settings do not fit it.
     """
     found, pipe = _parts(model_or_pipeline)
+    config = ToCaConfig.preset("forecast") if config is None else config
     if not isinstance(config, ToCaConfig):
         raise ValueError(f"config: expected a ToCaConfig, got {type(config).__name__}")
     if any(_ATTRIBUTE in model.__dict__ for model in found):
@@ -336,7 +337,7 @@ def disable(model_or_pipeline: Any) -> None:
 @contextmanager
 def enabled(
     model_or_pipeline: Any,
-    config: ToCaConfig,
+    config: ToCaConfig | None = None,
     *,
     num_steps: int | None = None,
     timesteps: Sequence[float] | Tensor | None = None,
