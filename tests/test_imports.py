@@ -23,6 +23,7 @@ LAYERS = [
     ["summary"],
     ["graphs"],
     ["scheduler"],
+    ["memory"],
     ["run"],
     ["branch"],
     ["chooser", "modulation"],
@@ -48,6 +49,7 @@ LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 EXCEPTIONS = {
     ("native", "reference"),  # the GEMMs of mlp_rows are the library's in both
     ("plan", "flops"),  # Plan.flops, a method for convenience, imports when it is called
+    ("config", "memory"),  # ToCaConfig.memory, likewise
 }
 
 # Plain numbers, known before a run: a plan must not need torch.

@@ -16,10 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .plan import Plan, build_plan, check_integer, module_kind
 from .presets import PRESETS, WITHOUT_FRESH_TOKENS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .memory import Memory
 
 Selector = Literal["attention", "entropy", "norm", "similarity", "random", "mask"]
 CountFrom = Literal["start", "end", "last_full"]
@@ -291,6 +296,58 @@ class ToCaConfig:
             num_layers=num_layers,
             num_tokens=num_tokens,
             modules=modules,
+        )
+
+    def memory(
+        self,
+        model: torch.nn.Module,
+        *,
+        batch: int,
+        tokens: int | Sequence[int],
+        text_tokens: float = 0,
+        num_steps: int | None = None,
+        dtype: torch.dtype | None = None,
+        branches: int = 1,
+        device: torch.device | str | None = None,
+    ) -> Memory:
+        """The bytes that enabling a model will take, without running it.
+
+        The model may be on the meta device, so that no weight is needed. Print what is returned.
+
+        Args:
+            model: a transformer of a supported family.
+            batch: samples of one call of the model; both guidance halves, where one call has them.
+            tokens: of the image: their number, (rows, columns) or (frames, rows, columns). The
+                last is needed by models that attend in space and in time by turns.
+            text_tokens: of one prompt, padding included, as the blocks see them; their mean where
+                the prompts of a batch are packed one behind the other.
+            num_steps: of a run; it decides about the sizes of tables and selections alone. None
+                takes what `step_ratio` or `full_at` say, else some fifty.
+            dtype: of the hidden states; None takes that of the blocks' weights.
+            branches: guidance branches in calls of their own, each with a cache.
+            device: what the model will run on; None takes where it is. Weights are packed on a
+                CPU alone, so a model on the meta device has none unless this says "cpu".
+
+        Returns:
+            A `Memory`: its `cache_bytes` are exact, the others to a few percent. The layers'
+            temporary results are the model's own and not counted.
+
+        Raises:
+            ValueError: the model is of no supported family, the settings do not fit it, or a
+                number is below 1.
+        """
+        from .memory import estimate  # memory.py is built on this file, and on torch
+
+        return estimate(
+            self,
+            model,
+            batch=batch,
+            tokens=tokens,
+            text_tokens=text_tokens,
+            num_steps=num_steps,
+            dtype=dtype,
+            branches=branches,
+            device=device,
         )
 
     def to_dict(self) -> dict[str, Any]:

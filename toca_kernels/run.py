@@ -66,7 +66,7 @@ class Run:
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
         partial = config.self_attention == "partial"
         selector = SELECTORS[config.selector]
-        self._kept_layers = dict(
+        self.kept_layers = dict(
             Counter(
                 name
                 for block in blocks
@@ -164,14 +164,14 @@ class Run:
                 return cache
         config = self.config
         cache = TokenCache(
-            self._kept_layers,
+            self.kept_layers,
             device,
             selecting=[
                 name
                 for name in self.layers
                 if module_kind(name) != "attn" or config.self_attention == "partial"
             ],
-            beside=self._kept_layers.keys() - self.layers.keys(),
+            beside=self.kept_layers.keys() - self.layers.keys(),
             cache_dtype=config.cache_dtype,
             forecast=config.forecast,
             shared=config.share_cfg_selection,

@@ -101,6 +101,7 @@ class Block:
             that get what these receive as scores, and the modules with as many tokens.
         mlps: the MLPs that a family composes from the ops.
         composed: whether the family composes the step at hand; then taps only pass on.
+        joint: whether image and text are one sequence in all of its modules.
     """
 
     fuses: ClassVar[bool] = False  # whether full steps can run through the ops
@@ -120,6 +121,7 @@ class Block:
         self.attends = attends
         self.selectors = tuple(self._selectors(taps, ranked))
         self.composed = False
+        self.joint = False
         self.mlps: Sequence[RowMLP] = ()
         self.state: BlockState | None = None
         self.kept: list[str] = []
