@@ -79,11 +79,11 @@ class Branch:
 
     def _learn(self) -> None:
         """What the tokens' numbers tell."""
-        layout = self.cache.layout
-        tokens = {name: layout[name][0].shape[1] for name in self.run.layers}
+        shapes = {name: self.cache.tracks[name].layout.shape for name in self.run.layers}
+        tokens = {name: shape[1] for name, shape in shapes.items()}
         self._plan = self.run.plan(tokens)
         self.chooser.learn(self._plan)
-        self.done.batch = {name: layout[name][0].shape[0] for name in self.run.layers}
+        self.done.batch = {name: shape[0] for name, shape in shapes.items()}
         self.done.tokens = tokens
         self.done = self.done.after(self._before)
 
@@ -167,7 +167,7 @@ class Branch:
             state.changes = self.selector.name if compares else None
         state.refreshes = self.selector.source == "queries"
         state.partial = self.run.config.self_attention == "partial"
-        if self.run.config.cache_dtype and 0 in block.layers.values():
+        if self.run.config.cache_dtype and self.run.samples_rounding(block):
             state.rounding = self.cache.rounding
         if self.discovering:
             state.holder = _Discovery(self.cache)
@@ -176,13 +176,15 @@ class Branch:
             if name not in self.cache.tracks:
                 continue
             track = self.cache.tracks[name]
+            if track.selects:
+                state.scores[name] = track.scores[layer]
+            if not track.keeps[layer]:
+                continue
             state.valid[name] = track.valid[layer]
             B, N, _ = track.layout.shape
             state.features[name] = track.at(layer)
             state.dtypes[name] = track.layout.dtype
             state.every[name] = self.cache.every(B, N)
-            if track.selects:
-                state.scores[name] = track.scores[layer]
         return state
 
     def kind(self) -> Hashable | None:
@@ -343,6 +345,9 @@ class _Discovery:
     def hold(self, module: str, layer: int, layout: Layout) -> tuple[Features, Tensor]:
         B, N, _ = layout.shape
         return self.cache.tracks[module].hold(layer, layout), self.cache.every(B, N)
+
+    def see(self, module: str, layer: int, layout: Layout) -> None:
+        self.cache.tracks[module].layouts[layer] = layout
 
     def hold_score(self, scores: dict[str, Tensor], module: str, layer: int, score: Tensor) -> None:
         track = self.cache.tracks[module]

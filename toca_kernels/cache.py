@@ -48,6 +48,7 @@ class Track:
         scores: (layers, B, N), float32; what the selector left in the last full step.
         score: (layers, rows, N), float32; the same as they rank, see `rank`.
         age: (layers, rows, N), int32; steps since a token was recomputed.
+        keeps: for each layer, whether its outputs are cached; the others' are only looked at.
         rows: rows of a selection per layer: B, or B / 2 where guidance halves share theirs.
         forecast: order of the expansion that is read; 0 reads what is cached as it is.
         distance: (layers, B, N), float32; of a forecast, age + 1 at the start of the step.
@@ -63,8 +64,10 @@ class Track:
         cache_dtype: str | None = None,
         forecast: int = 0,
         shared: bool = False,
+        keeps: Sequence[bool] | None = None,
     ) -> None:
         self.name = name
+        self.keeps = [True] * layers if keeps is None else list(keeps)
         self.layers = layers
         self.selects = selects
         self.layouts: list[Layout | None] = [None] * layers
@@ -82,7 +85,7 @@ class Track:
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hold(self, layer: int, layout: Layout) -> Features:
-        """The buffers of a layer, made where there are none."""
+        """The buffers of a layer that is kept, made where there are none."""
         B, N, C = layout.shape
         if (self.selects or self.forecast) and self.age.numel() == 0:
             self.hold_scores(B, N, layout.device)
@@ -138,10 +141,14 @@ class Track:
 
     @property
     def layout(self) -> Layout:
-        """Of the first layer: B and N are the same in all of them."""
-        layout = self.layouts[0]
-        assert layout is not None
-        return layout
+        """Of the first layer that was seen: B and N are the same in all of them."""
+        return next(layout for layout in self.layouts if layout is not None)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the outputs of every layer that is kept have been seen."""
+        pairs = zip(self.layouts, self.keeps, strict=True)
+        return all(layout is not None or not kept for layout, kept in pairs)
 
     @property
     def nbytes(self) -> int:
@@ -264,21 +271,23 @@ class TokenCache:
         *,
         selecting: Collection[str] = (),
         beside: Collection[str] = (),
+        keeps: Mapping[str, Sequence[bool]] | None = None,
         cache_dtype: str | None = None,
         forecast: int = 0,
         shared: bool = False,
     ) -> None:
-        self.tracks = {
-            name: Track(
+        self.tracks = {}
+        for name, count in layers.items():
+            kept = [True] * count if keeps is None else keeps[name]
+            self.tracks[name] = Track(
                 name,
                 count,
                 selects=name in selecting,
                 cache_dtype=None if name in beside else cache_dtype,
-                forecast=0 if name in beside else forecast,
+                forecast=0 if name in beside or not any(kept) else forecast,
                 shared=shared,
+                keeps=kept,
             )
-            for name, count in layers.items()
-        }
         self._planned = [track for name, track in self.tracks.items() if name not in beside]
         self.nan = torch.zeros((), dtype=torch.int64, device=device)
         self.rounding = torch.zeros(2, dtype=torch.float32, device=device)
@@ -294,19 +303,25 @@ class TokenCache:
         return all(all(track.valid) for track in self._planned)
 
     @property
-    def layout(self) -> dict[str, list[Layout]]:
-        """What the modules' outputs look like in each layer, of those that all were held."""
+    def layout(self) -> dict[str, list[Layout | None]]:
+        """What the modules' outputs look like in each layer, of those that all were seen.
+
+        What is kept beside the plan's modules is seen where it is kept, and None elsewhere.
+        """
         return {
-            name: [one for one in track.layouts if one is not None]
+            name: list(track.layouts)
             for name, track in self.tracks.items()
-            if all(track.layouts)
+            if all(track.layouts) or (track not in self._planned and track.seen)
         }
 
-    def hold(self, layout: Mapping[str, Sequence[Layout]]) -> None:
+    def hold(self, layout: Mapping[str, Sequence[Layout | None]]) -> None:
         """Make all buffers of a model whose outputs look like this."""
         for name, layers in layout.items():
+            track = self.tracks[name]
+            track.layouts = list(layers)
             for layer, one in enumerate(layers):
-                self.tracks[name].hold(layer, one)
+                if one is not None and track.keeps[layer]:
+                    track.hold(layer, one)
 
     def drifted(self, added: Tensor, threshold: float | None) -> bool:
         """Whether the mean change since the last full step is above a share of the mean.

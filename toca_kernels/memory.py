@@ -129,7 +129,7 @@ def estimate(
     layouts = _layouts(run, sizes, dtype or _dtype(model, blocks))
     run.remember(_META, layouts)
     cache = run.cache_for(_META, _META)
-    plan = run.plan({name: layouts[name][0].shape[1] for name in run.layers})
+    plan = run.plan({name: cache.tracks[name].layout.shape[1] for name in run.layers})
     modules = tuple(
         Kept(
             name,
@@ -271,8 +271,9 @@ def _other(run: Run, cache: TokenCache, plan: Plan) -> int:
     watched = run.config.residual_threshold is not None  # then the first block selects nothing
     for name in run.layers:
         track = cache.tracks[name]
+        if track.nbytes:
+            cache.every(*track.layout.shape[:2])
         B, N, _ = track.layout.shape
-        cache.every(B, N)
         if not track.selects:
             continue
         for step in range(plan.num_steps):
@@ -304,7 +305,9 @@ def _modulation(run: Run, plan: Plan, labels: int, dtype: torch.dtype) -> int:
     steps = len(cached) if fused else sum(cached)
     every = fused or run.config.self_attention == "partial"
     chunks = 6 if every else CACHED_CHUNKS.stop - CACHED_CHUNKS.start
-    widths = [linears_of(block.parts.modulation())[-1].out_features for block in blocks]
+    widths = [
+        linears_of(block.parts.modulation())[-1].out_features for block in blocks if not block.never
+    ]
     return steps * labels * sum(width // 6 * chunks for width in widths) * dtype.itemsize
 
 
@@ -312,7 +315,7 @@ def _packed(blocks: Sequence[Block], config: ToCaConfig, device: torch.device) -
     """Weights that would be laid out a second time on this device."""
     if not config.prepack:
         return 0
-    found = (mlp.parts.linears() for block in blocks for mlp in block.mlps)
+    found = (mlp.parts.linears() for block in blocks if not block.never for mlp in block.mlps)
     weights: list[Tensor] = [
         linear.weight for parts in found if parts is not None for linear in parts[:2]
     ]

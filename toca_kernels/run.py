@@ -22,7 +22,7 @@ from .branch import Branch
 from .cache import Layout, TokenCache
 from .config import ToCaConfig
 from .models.adapter import Adapter, ModelCall
-from .plan import Plan, module_kind
+from .plan import Plan, cached_layers, module_kind
 from .selectors import SELECTORS
 
 
@@ -64,6 +64,7 @@ class Run:
         self.graphs: Graphs | None = None
         self._branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
+        self.keeps = self._keeps()
         partial = config.self_attention == "partial"
         selector = SELECTORS[config.selector]
         self.kept_layers = dict(
@@ -73,9 +74,10 @@ class Run:
                 for name in block.layers
                 if (selector.source == "queries" or not name.endswith("_entropy"))
                 and (partial or "_kept_" not in name)
+                and (name in self.layers or any(self.keeps[name]))
             )
         )
-        self._layouts: dict[Hashable, dict[str, list[Layout]]] = {}
+        self._layouts: dict[Hashable, dict[str, list[Layout | None]]] = {}
         self._kept: dict[Hashable, list[TokenCache]] = {}
         self._plans: dict[Hashable, Plan] = {}
         for block in blocks:
@@ -105,6 +107,23 @@ class Run:
         steps = num_steps or len(config.step_ratio or ()) or 1000
         # Refuses settings that do not fit the model.
         self._make_plan(steps, dict.fromkeys(self.layers, 4096))
+
+    def _keeps(self) -> dict[str, list[bool]]:
+        """For everything that a block may keep and each of its layers: whether it is cached."""
+        cached = cached_layers(self.config, self.layers)
+        keeps: dict[str, dict[int, bool]] = {}
+        for block in self.blocks:
+            block.leave_out([n for n in block.modules if not cached[n][block.layers[n]]])
+            for name, layer in block.layers.items():
+                keeps.setdefault(name, {})[layer] = name not in block.never
+        return {name: [kept for _, kept in sorted(of.items())] for name, of in keeps.items()}
+
+    def samples_rounding(self, block: Block) -> bool:
+        """Whether the block is the first that caches some module."""
+        return any(
+            name not in block.never and layer == self.keeps[name].index(True)
+            for name, layer in block.layers.items()
+        )
 
     @property
     def branches(self) -> Mapping[object, Branch]:
@@ -169,8 +188,10 @@ class Run:
             selecting=[
                 name
                 for name in self.layers
-                if module_kind(name) != "attn" or config.self_attention == "partial"
+                if any(self.keeps[name])
+                and (module_kind(name) != "attn" or config.self_attention == "partial")
             ],
+            keeps=self.keeps,
             beside=self.kept_layers.keys() - self.layers.keys(),
             cache_dtype=config.cache_dtype,
             forecast=config.forecast,
@@ -181,9 +202,9 @@ class Run:
             self._kept.setdefault(signature, []).append(cache)
         return cache
 
-    def remember(self, signature: Hashable, layout: Mapping[str, list[Layout]]) -> None:
+    def remember(self, signature: Hashable, layout: Mapping[str, Sequence[Layout | None]]) -> None:
         """What the modules' outputs look like in calls of this signature."""
-        self._layouts[signature] = dict(layout)
+        self._layouts[signature] = {name: list(layers) for name, layers in layout.items()}
 
     def call(
         self,
