@@ -248,7 +248,7 @@ class Block:
         if state is None:  # called outside the model's forward: not part of a run
             return self._own_forward(*args, **kwargs)
         # What is cached is what a module's own forward returns: hooks act on it anew in each step.
-        taps = self._hooked or bool(self.never)
+        taps = self._hooked or len(self.never) > 0
         self.composed = not taps and self.composes(state, args, kwargs)
         out = (
             self.compose(state, args, kwargs)
