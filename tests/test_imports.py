@@ -26,7 +26,7 @@ LAYERS = [
     ["memory"],
     ["run"],
     ["branch"],
-    ["chooser", "modulation"],
+    ["chooser", "modulation", "room"],
     ["done"],
     ["models"],
     ["blocks"],

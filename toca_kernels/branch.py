@@ -19,6 +19,7 @@ from .models.adapter import ModelCall
 from .modulation import ModulationTable
 from .ops import free_rows
 from .plan import BoolTable, Plan, module_kind
+from .room import require
 
 if TYPE_CHECKING:
     from .run import Run
@@ -66,11 +67,12 @@ class Branch:
 
     def adopt(self, signature: Hashable) -> None:
         """Take a cache for inputs like this call's."""
+        cache = self.run.cache_for(signature, self.call.timestep.device)  # refused: as it was
         self._before, self.done = self.done, Done()
         self._signature = signature
         self.adopted = self.position
         self._modulation.clear()
-        self.cache = self.run.cache_for(signature, self.call.timestep.device)
+        self.cache = cache
         if self.chooser.shares:
             self.chooser.part()
         self.discovering = not self.cache.layout
@@ -170,7 +172,7 @@ class Branch:
         if self.run.config.cache_dtype and self.run.samples_rounding(block):
             state.rounding = self.cache.rounding
         if self.discovering:
-            state.holder = _Discovery(self.cache)
+            state.holder = _Discovery(self.run, self.cache)
             return state
         for name, layer in block.layers.items():
             if name not in self.cache.tracks:
@@ -339,11 +341,15 @@ def _relative(sums: Tensor) -> float:
 class _Discovery:
     """The first step of a kind: buffers are made as the modules' outputs appear."""
 
-    def __init__(self, cache: TokenCache) -> None:
+    def __init__(self, run: Run, cache: TokenCache) -> None:
+        self.run = run
         self.cache = cache
 
     def hold(self, module: str, layer: int, layout: Layout) -> tuple[Features, Tensor]:
         B, N, _ = layout.shape
+        # The second block of a kind: the first has shown what all of them will need.
+        if sum(features is not None for features in self.cache.tracks[module].features) == 1:
+            require(self.run, self.cache, layout.device)
         return self.cache.tracks[module].hold(layer, layout), self.cache.every(B, N)
 
     def see(self, module: str, layer: int, layout: Layout) -> None:

@@ -23,6 +23,7 @@ from .cache import Layout, TokenCache
 from .config import ToCaConfig
 from .models.adapter import Adapter, ModelCall
 from .plan import Plan, cached_layers, module_kind
+from .room import CacheTooLarge, require
 from .selectors import SELECTORS
 
 
@@ -118,6 +119,27 @@ class Run:
                 keeps.setdefault(name, {})[layer] = name not in block.never
         return {name: [kept for _, kept in sorted(of.items())] for name, of in keeps.items()}
 
+    def allows(self, config: ToCaConfig) -> bool:
+        """Whether the model could be enabled with these settings, of which `modules` differ."""
+        cached = cached_layers(config, self.layers)
+        before = [block.never for block in self.blocks]
+        try:
+            for block in self.blocks:
+                block.leave_out([n for n in block.modules if not cached[n][block.layers[n]]])
+            plan = config.plan(
+                num_steps=self.num_steps or 1,
+                num_layers=self.layers,
+                num_tokens=dict.fromkeys(self.layers, 4096),
+            )
+            for block in self.blocks:
+                block.check(plan, partial=config.self_attention == "partial")
+        except ValueError:
+            return False
+        finally:
+            for block, never in zip(self.blocks, before, strict=True):
+                block.never = never
+        return True
+
     def samples_rounding(self, block: Block) -> bool:
         """Whether the block is the first that caches some module."""
         return any(
@@ -197,7 +219,9 @@ class Run:
             forecast=config.forecast,
             shared=config.share_cfg_selection,
         )
-        cache.hold(self._layouts.get(signature, {}))
+        cache.see(self._layouts.get(signature, {}))
+        require(self, cache, device)
+        cache.hold()
         if self.graphs is not None:
             self._kept.setdefault(signature, []).append(cache)
         return cache
@@ -242,8 +266,11 @@ class Run:
                 if self.graphs is None:
                     return branch.forward(forward, args, kwargs)
                 return self.graphs.call(branch, forward, args, kwargs)
-        except BaseException:
+        except BaseException as error:
             branch.abort()
+            if isinstance(error, CacheTooLarge):
+                self.keep_no_more(branch.cache)
+                branch.release()  # else what fits of it would lie there
             raise
         finally:
             for block in self.blocks:
