@@ -49,6 +49,8 @@ GIVEN = ToCaConfig(
     full_at=(0, 4, 9),
     step_ratio=(0.5, 1.0, 2.0),
     layer_ratio={"img_mlp": (1.0, 0.5), "mlp": (0.25,)},
+    modules=("attn", "mlp"),
+    layers={"mlp": (-1, 0)},
     forecast=2,
 )
 

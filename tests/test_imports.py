@@ -24,9 +24,10 @@ LAYERS = [
     ["summary"],
     ["graphs"],
     ["scheduler"],
+    ["memory"],
     ["run"],
     ["branch"],
-    ["chooser", "modulation"],
+    ["chooser", "modulation", "room"],
     ["done"],
     ["models"],
     ["blocks"],
@@ -58,6 +59,7 @@ APP = {name: depth for depth, names in enumerate(APPS) for name in names}
 EXCEPTIONS = {
     ("native", "reference"),  # the GEMMs of mlp_rows are the library's in both
     ("plan", "flops"),  # Plan.flops, a method for convenience, imports when it is called
+    ("config", "memory"),  # ToCaConfig.memory, likewise
 }
 
 # Plain numbers, known before a run: a plan must not need torch.

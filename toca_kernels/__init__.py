@@ -20,6 +20,7 @@ from .ops import (
     store_rows,
 )
 from .plan import Plan
+from .room import CacheTooLarge
 from .session import Session, disable, enable, enabled
 from .summary import Summary
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
+    "CacheTooLarge",
     "ForecastCache",
     "Plan",
     "QuantizedCache",

@@ -19,6 +19,7 @@ from .models.adapter import ModelCall
 from .modulation import ModulationTable
 from .ops import free_rows
 from .plan import BoolTable, Plan, module_kind
+from .room import require
 
 if TYPE_CHECKING:
     from .run import Run
@@ -66,11 +67,12 @@ class Branch:
 
     def adopt(self, signature: Hashable) -> None:
         """Take a cache for inputs like this call's."""
+        cache = self.run.cache_for(signature, self.call.timestep.device)  # refused: as it was
         self._before, self.done = self.done, Done()
         self._signature = signature
         self.adopted = self.position
         self._modulation.clear()
-        self.cache = self.run.cache_for(signature, self.call.timestep.device)
+        self.cache = cache
         if self.chooser.shares:
             self.chooser.part()
         self.discovering = not self.cache.layout
@@ -79,11 +81,11 @@ class Branch:
 
     def _learn(self) -> None:
         """What the tokens' numbers tell."""
-        layout = self.cache.layout
-        tokens = {name: layout[name][0].shape[1] for name in self.run.layers}
+        shapes = {name: self.cache.tracks[name].layout.shape for name in self.run.layers}
+        tokens = {name: shape[1] for name, shape in shapes.items()}
         self._plan = self.run.plan(tokens)
         self.chooser.learn(self._plan)
-        self.done.batch = {name: layout[name][0].shape[0] for name in self.run.layers}
+        self.done.batch = {name: shape[0] for name, shape in shapes.items()}
         self.done.tokens = tokens
         self.done = self.done.after(self._before)
 
@@ -167,22 +169,24 @@ class Branch:
             state.changes = self.selector.name if compares else None
         state.refreshes = self.selector.source == "queries"
         state.partial = self.run.config.self_attention == "partial"
-        if self.run.config.cache_dtype and 0 in block.layers.values():
+        if self.run.config.cache_dtype and self.run.samples_rounding(block):
             state.rounding = self.cache.rounding
         if self.discovering:
-            state.holder = _Discovery(self.cache)
+            state.holder = _Discovery(self.run, self.cache)
             return state
         for name, layer in block.layers.items():
             if name not in self.cache.tracks:
                 continue
             track = self.cache.tracks[name]
+            if track.selects:
+                state.scores[name] = track.scores[layer]
+            if not track.keeps[layer]:
+                continue
             state.valid[name] = track.valid[layer]
             B, N, _ = track.layout.shape
             state.features[name] = track.at(layer)
             state.dtypes[name] = track.layout.dtype
             state.every[name] = self.cache.every(B, N)
-            if track.selects:
-                state.scores[name] = track.scores[layer]
         return state
 
     def kind(self) -> Hashable | None:
@@ -337,12 +341,19 @@ def _relative(sums: Tensor) -> float:
 class _Discovery:
     """The first step of a kind: buffers are made as the modules' outputs appear."""
 
-    def __init__(self, cache: TokenCache) -> None:
+    def __init__(self, run: Run, cache: TokenCache) -> None:
+        self.run = run
         self.cache = cache
 
     def hold(self, module: str, layer: int, layout: Layout) -> tuple[Features, Tensor]:
         B, N, _ = layout.shape
+        # The second block of a kind: the first has shown what all of them will need.
+        if sum(features is not None for features in self.cache.tracks[module].features) == 1:
+            require(self.run, self.cache, layout.device)
         return self.cache.tracks[module].hold(layer, layout), self.cache.every(B, N)
+
+    def see(self, module: str, layer: int, layout: Layout) -> None:
+        self.cache.tracks[module].layouts[layer] = layout
 
     def hold_score(self, scores: dict[str, Tensor], module: str, layer: int, score: Tensor) -> None:
         track = self.cache.tracks[module]

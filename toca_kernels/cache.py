@@ -48,6 +48,8 @@ class Track:
         scores: (layers, B, N), float32; what the selector left in the last full step.
         score: (layers, rows, N), float32; the same as they rank, see `rank`.
         age: (layers, rows, N), int32; steps since a token was recomputed.
+        planned: whether the module is in the plan; else what is kept beside one that is.
+        keeps: for each layer, whether its outputs are cached; the others' are only looked at.
         rows: rows of a selection per layer: B, or B / 2 where guidance halves share theirs.
         forecast: order of the expansion that is read; 0 reads what is cached as it is.
         distance: (layers, B, N), float32; of a forecast, age + 1 at the start of the step.
@@ -63,8 +65,11 @@ class Track:
         cache_dtype: str | None = None,
         forecast: int = 0,
         shared: bool = False,
+        keeps: Sequence[bool] | None = None,
+        planned: bool = True,
     ) -> None:
         self.name = name
+        self.keeps = [True] * layers if keeps is None else list(keeps)
         self.layers = layers
         self.selects = selects
         self.layouts: list[Layout | None] = [None] * layers
@@ -79,10 +84,11 @@ class Track:
         self.computed = [0] * layers
         self._eight_bits = EIGHT_BITS[cache_dtype] if cache_dtype else None
         self.shared = shared
+        self.planned = planned
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hold(self, layer: int, layout: Layout) -> Features:
-        """The buffers of a layer, made where there are none."""
+        """The buffers of a layer that is kept, made where there are none."""
         B, N, C = layout.shape
         if (self.selects or self.forecast) and self.age.numel() == 0:
             self.hold_scores(B, N, layout.device)
@@ -105,12 +111,53 @@ class Track:
         """Scores and ages of all layers, for selections among B times N tokens."""
         if self.age.numel():
             return
-        self.rows = B // 2 if self.shared and B % 2 == 0 else B
+        self.rows = self._rows_of(B)
         self.scores = torch.zeros((self.layers, B, N), device=device)
         self.score = torch.zeros((self.layers, self.rows, N), device=device)
         self.age = torch.zeros((self.layers, self.rows, N), dtype=torch.int32, device=device)
         if self.forecast:
             self.distance = torch.ones((self.layers, B, N), device=device)
+
+    def layer_nbytes(
+        self, layout: Layout, *, eight: bool = False, forecast: int | None = None
+    ) -> int:
+        """Bytes of a layer's features; also what they would be in 8 bits, or with another forecast.
+
+        What is kept beside the plan's modules is neither.
+        """
+        B, N, C = layout.shape
+        if self.planned and (eight or self._eight_bits):
+            return B * N * (C + 4)
+        order = self.forecast if forecast is None or not self.planned else forecast
+        return B * N * C * layout.dtype.itemsize * (1 + order)
+
+    def all_scores_nbytes(self, layout: Layout, *, forecast: int | None = None) -> int:
+        """Bytes of scores, ages and distances of all layers."""
+        order = self.forecast if forecast is None else forecast
+        if not (self.selects or order):
+            return 0
+        B, N, _ = layout.shape
+        return self.layers * N * 4 * (B + 2 * self._rows_of(B) + B * bool(order))
+
+    def to_come(self) -> int:
+        """Bytes that are not allocated yet, where layers not seen are like one that was."""
+        known = self.layout
+        total = 0 if self.age.numel() else self.all_scores_nbytes(known)
+        layers = zip(self.layouts, self.features, self.keeps, strict=True)
+        return total + sum(
+            self.layer_nbytes(layout or known)
+            for layout, features, kept in layers
+            if kept and features is None
+        )
+
+    @property
+    def score_nbytes(self) -> int:
+        """Bytes of scores, ages and distances."""
+        tensors = (self.scores, self.score, self.age, self.distance)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def _rows_of(self, B: int) -> int:
+        return B // 2 if self.shared and B % 2 == 0 else B
 
     @property
     def halves(self) -> int:
@@ -138,10 +185,14 @@ class Track:
 
     @property
     def layout(self) -> Layout:
-        """Of the first layer: B and N are the same in all of them."""
-        layout = self.layouts[0]
-        assert layout is not None
-        return layout
+        """Of the first layer that was seen: B and N are the same in all of them."""
+        return next(layout for layout in self.layouts if layout is not None)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the outputs of every layer that is kept have been seen."""
+        pairs = zip(self.layouts, self.keeps, strict=True)
+        return all(layout is not None or not kept for layout, kept in pairs)
 
     @property
     def nbytes(self) -> int:
@@ -152,8 +203,7 @@ class Track:
     def other_nbytes(self) -> int:
         """Bytes of scores, ages and the selection of the step at hand."""
         selected = sum(index.nbytes + inverse.nbytes for index, inverse in self._selected.values())
-        tensors = (self.scores, self.score, self.age, self.distance)
-        return selected + sum(tensor.nbytes for tensor in tensors)
+        return selected + self.score_nbytes
 
     def forget_selection(self) -> None:
         self._selected.clear()
@@ -264,22 +314,24 @@ class TokenCache:
         *,
         selecting: Collection[str] = (),
         beside: Collection[str] = (),
+        keeps: Mapping[str, Sequence[bool]] | None = None,
         cache_dtype: str | None = None,
         forecast: int = 0,
         shared: bool = False,
     ) -> None:
-        self.tracks = {
-            name: Track(
+        self.tracks = {}
+        for name, count in layers.items():
+            kept = [True] * count if keeps is None else keeps[name]
+            self.tracks[name] = Track(
                 name,
                 count,
                 selects=name in selecting,
                 cache_dtype=None if name in beside else cache_dtype,
-                forecast=0 if name in beside else forecast,
+                forecast=0 if name in beside or not any(kept) else forecast,
                 shared=shared,
+                keeps=kept,
+                planned=name not in beside,
             )
-            for name, count in layers.items()
-        }
-        self._planned = [track for name, track in self.tracks.items() if name not in beside]
         self.nan = torch.zeros((), dtype=torch.int64, device=device)
         self.rounding = torch.zeros(2, dtype=torch.float32, device=device)
         self.off_track = torch.zeros((), dtype=torch.bool, device=device)
@@ -291,22 +343,31 @@ class TokenCache:
     @property
     def valid(self) -> bool:
         """Whether every layer of every module of the plan may be read."""
-        return all(all(track.valid) for track in self._planned)
+        return all(all(track.valid) for track in self.tracks.values() if track.planned)
 
     @property
-    def layout(self) -> dict[str, list[Layout]]:
-        """What the modules' outputs look like in each layer, of those that all were held."""
+    def layout(self) -> dict[str, list[Layout | None]]:
+        """What the modules' outputs look like in each layer, of those that all were seen.
+
+        What is kept beside the plan's modules is seen where it is kept, and None elsewhere.
+        """
         return {
-            name: [one for one in track.layouts if one is not None]
+            name: list(track.layouts)
             for name, track in self.tracks.items()
-            if all(track.layouts)
+            if all(track.layouts) or (not track.planned and track.seen)
         }
 
-    def hold(self, layout: Mapping[str, Sequence[Layout]]) -> None:
-        """Make all buffers of a model whose outputs look like this."""
+    def see(self, layout: Mapping[str, Sequence[Layout | None]]) -> None:
+        """Learn what the modules' outputs look like; nothing is allocated."""
         for name, layers in layout.items():
-            for layer, one in enumerate(layers):
-                self.tracks[name].hold(layer, one)
+            self.tracks[name].layouts = list(layers)
+
+    def hold(self) -> None:
+        """Make all buffers of what was seen."""
+        for track in self.tracks.values():
+            for layer, layout in enumerate(track.layouts):
+                if layout is not None and track.keeps[layer]:
+                    track.hold(layer, layout)
 
     def drifted(self, added: Tensor, threshold: float | None) -> bool:
         """Whether the mean change since the last full step is above a share of the mean.

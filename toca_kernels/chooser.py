@@ -50,17 +50,24 @@ class Chooser:
     def learn(self, plan: Plan) -> None:
         """The plan is known."""
         self._needs = {
-            (source, module): plan.needs_score(
-                # Where the last block has no MLP for its text, its attention has no say in one.
-                module,
-                source=source if self.run.layers[source] == self.run.layers[module] else None,
-            )
+            (source, module): self._needed(plan, source, module)
             for block in self.run.blocks
             for source, module in block.scoring(self.selector.name)
         }
         if self.selector.source == "given":
             assert self.run.mask is not None
             self.branch.cache.weigh(self.run.mask)
+
+    def _needed(self, plan: Plan, source: str, module: str) -> BoolTable:
+        """Where `source` must leave the scores of `module` behind."""
+        if self.run.layers[source] == self.run.layers[module]:
+            return plan.needs_score(module, source=source)
+        # Where the last block has no MLP for its text, its attention has no say in one.
+        needed = plan.needs_score(module)
+        if all(self.run.keeps[source]):
+            return needed
+        selects = ~plan.full[module] & (plan.k[module] > 0)
+        return needed | selects  # an attention that is not cached has new scores in every step
 
     # --- guidance in calls of its own -----------------------------------------------------------
 
@@ -146,11 +153,15 @@ class Chooser:
         """Whether the step must leave scores behind, for others to read."""
         if not self.selector.left_by_full_steps:
             return False
-        if self.branch.forced:
-            return True
-        return any(
-            self._needs[source, name][self.branch.position, block.layers[name]]
+        scored = [
+            (source, name)
             for source, name in block.scoring(self.selector.name)
+            if name not in block.never
+        ]
+        if self.branch.forced:
+            return bool(scored) or not block.never
+        return any(
+            self._needs[pair][self.branch.position, block.layers[pair[1]]] for pair in scored
         )
 
     def select(self) -> None:

@@ -16,10 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .plan import Plan, build_plan, check_integer, module_kind
 from .presets import PRESETS, WITHOUT_FRESH_TOKENS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .memory import Memory
 
 Selector = Literal["attention", "entropy", "norm", "similarity", "random", "mask"]
 CountFrom = Literal["start", "end", "last_full"]
@@ -90,6 +95,13 @@ class ToCaConfig:
         grid: side of the square cells in which the best token gets the bonus, s4. 1 = off.
         bonus: b of s4: the best token of a cell counts S * (1 + b).
 
+    What is cached at all (the rest is computed in full in every step and takes no memory)
+        modules: names or kinds, as `module_ratio` takes them: ("attn",) leaves every MLP as it is.
+            None = all.
+        layers: their numbers, counted by each module from its own first, from -1 down from its
+            last: range(20), (0, 1, -1); {module: numbers} where they differ, all for modules that
+            are not named. None = all.
+
     What stands for the others
         forecast: order of the Taylor expansion of what is reused, in the steps since each token was
             computed, by finite differences between the steps in which it was (TaylorSeer, arXiv
@@ -136,6 +148,9 @@ class ToCaConfig:
     layer_ratio: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     fresh_every: int = 1
     round_k_to: int = 1
+
+    modules: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
 
     forecast: int = 0
     full_steps: FullSteps = "exact"
@@ -197,6 +212,11 @@ class ToCaConfig:
         self._set("layer_ratio", _settings("layer_ratio", self.layer_ratio, _factors))
         self._set("module_interval", _settings("module_interval", self.module_interval, _interval))
         self._set("module_ratio", _settings("module_ratio", self.module_ratio, _factor))
+        self._set("modules", _modules(self.modules))
+        if isinstance(self.layers, Mapping):
+            self._set("layers", _settings("layers", self.layers, _layers))
+        elif self.layers is not None:
+            self._set("layers", _layers("layers", self.layers))
 
     def _check_full_at(self) -> None:
         """Refuse settings whose place `full_at` takes."""
@@ -283,7 +303,8 @@ class ToCaConfig:
             A `Plan`; row 0 of its tables is the first step of sampling.
 
         Raises:
-            ValueError: a number below 1, an unknown module, mappings that name other modules, or a
+            ValueError: a number below 1, an unknown module, mappings that name other modules,
+                `modules` or `layers` that there are none of, or a
                 fresh_ratio above 0 of which `module_ratio` gives none to any of the modules.
         """
         return build_plan(
@@ -292,6 +313,58 @@ class ToCaConfig:
             num_layers=num_layers,
             num_tokens=num_tokens,
             modules=modules,
+        )
+
+    def memory(
+        self,
+        model: torch.nn.Module,
+        *,
+        batch: int,
+        tokens: int | Sequence[int],
+        text_tokens: float = 0,
+        num_steps: int | None = None,
+        dtype: torch.dtype | None = None,
+        branches: int = 1,
+        device: torch.device | str | None = None,
+    ) -> Memory:
+        """The bytes that enabling a model will take, without running it.
+
+        The model may be on the meta device, so that no weight is needed. Print what is returned.
+
+        Args:
+            model: a transformer of a supported family.
+            batch: samples of one call of the model; both guidance halves, where one call has them.
+            tokens: of the image: their number, (rows, columns) or (frames, rows, columns). The
+                last is needed by models that attend in space and in time by turns.
+            text_tokens: of one prompt, padding included, as the blocks see them; their mean where
+                the prompts of a batch are packed one behind the other.
+            num_steps: of a run; it decides about the sizes of tables and selections alone. None
+                takes what `step_ratio` or `full_at` say, else some fifty.
+            dtype: of the hidden states; None takes that of the blocks' weights.
+            branches: guidance branches in calls of their own, each with a cache.
+            device: what the model will run on; None takes where it is. Weights are packed on a
+                CPU alone, so a model on the meta device has none unless this says "cpu".
+
+        Returns:
+            A `Memory`: its `cache_bytes` are exact, the others to a few percent. The layers'
+            temporary results are the model's own and not counted.
+
+        Raises:
+            ValueError: the model is of no supported family, the settings do not fit it, or a
+                number is below 1.
+        """
+        from .memory import estimate  # memory.py is built on this file, and on torch
+
+        return estimate(
+            self,
+            model,
+            batch=batch,
+            tokens=tokens,
+            text_tokens=text_tokens,
+            num_steps=num_steps,
+            dtype=dtype,
+            branches=branches,
+            device=device,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -384,6 +457,30 @@ def _factors(name: str, value: Any) -> tuple[float, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError(f"{name}: expected one or more factors, got {value!r}")
     return tuple(_factor(name, one) for one in value)
+
+
+def _modules(value: Any) -> tuple[str, ...] | None:
+    """Names or kinds of modules, in one order so that equal configs save alike."""
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(f"modules: expected None or one or more names, got {value!r}")
+    for one in value:
+        try:
+            module_kind(one)
+        except ValueError as error:
+            raise ValueError(f"modules: {error}") from None
+    return tuple(sorted(set(value)))
+
+
+def _layers(name: str, value: Any) -> tuple[int, ...]:
+    """Numbers of layers, ascending, those from the end first."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(f"{name}: expected one or more numbers of layers, got {value!r}")
+    for one in value:
+        if isinstance(one, bool) or not isinstance(one, numbers.Integral):
+            raise ValueError(f"{name}: expected numbers of layers, got {one!r} among them")
+    return tuple(sorted({int(one) for one in value}))
 
 
 def _interval(name: str, value: Any) -> int:

@@ -81,7 +81,7 @@ class ModulationTable:
         every = self._fused or self.run.config.self_attention == "partial"
         chunks = slice(None) if every else CACHED_CHUNKS
         self._tables = [
-            block.modulate(condition, chunks)
+            block.modulate(condition, chunks) if not block.never else condition[:0]
             for block, condition in zip(blocks, conditions, strict=True)
         ]
         self._rows = {step: row for row, step in enumerate(steps)}

@@ -40,7 +40,8 @@ class Plan:
         num_steps: steps of the run.
         num_layers: layers of each module, {module: L}.
         num_tokens: tokens of each module, {module: N}.
-        full: {module: (num_steps, L) bool}, read-only. True where all N tokens are computed.
+        full: {module: (num_steps, L) bool}, read-only. True where all N tokens are computed: in
+            full steps, and always in what the settings do not cache.
         k: {module: (num_steps, L) int64}, read-only. Tokens computed: N where full, else the k
             that are selected; 0 where the cached output is reused whole.
     """
@@ -172,17 +173,67 @@ def build_plan(
             f"{sorted(config.module_ratio)}; nothing would be recomputed at fresh_ratio="
             f"{config.fresh_ratio}"
         )
+    kept = cached_layers(config, layers)
     full: dict[str, BoolTable] = {}
     k: dict[str, IntTable] = {}
     for name in names:
         interval = module_setting(config.module_interval, name) or config.interval
-        full[name] = _full_table(config, interval, num_steps, layers[name])
+        full[name] = _full_table(config, interval, num_steps, layers[name]) | ~kept[name]
         cached = _token_table(config, name, num_steps, layers[name], tokens[name])
         cached = np.where(_recomputes(full[name], config.fresh_every), cached, 0)
         k[name] = np.where(full[name], np.int64(tokens[name]), cached)
         full[name].setflags(write=False)
         k[name].setflags(write=False)
     return Plan(num_steps=num_steps, num_layers=layers, num_tokens=tokens, full=full, k=k)
+
+
+def cached_layers(config: ToCaConfig, num_layers: Mapping[str, int]) -> dict[str, BoolTable]:
+    """{module: (L,) bool}: what `modules` and `layers` have cached, for {module: L}.
+
+    Raises:
+        ValueError: a name that is no module's, or a number that is no layer's of any of them.
+    """
+    chosen = config.modules
+    kept = {
+        name: np.full(L, chosen is None or name in chosen or module_kind(name) in chosen)
+        for name, L in num_layers.items()
+    }
+    for one in chosen or ():
+        _named("modules", one, num_layers)
+    if config.layers is None:
+        return kept
+    named = config.layers if isinstance(config.layers, Mapping) else {"": config.layers}
+    for key, numbers in named.items():
+        names = _named("layers", key, num_layers) if key else list(num_layers)
+        if key:  # a full name goes before its kind
+            names = [name for name in names if name == key or name not in named]
+        used: set[int] = set()
+        for name in names:
+            L = num_layers[name]
+            here = {one for one in numbers if -L <= one < L}
+            used |= here
+            mask = np.zeros(L, dtype=bool)
+            mask[list(here)] = True
+            kept[name] &= mask
+        if names and used < set(numbers):
+            most = max(num_layers[name] for name in names)
+            raise ValueError(
+                f"layers: expected numbers from {-most} to {most - 1} for "
+                f"{key or 'the modules of this model'}, got {sorted(set(numbers) - used)}"
+            )
+    return kept
+
+
+def _named(setting: str, key: str, names: Mapping[str, int]) -> list[str]:
+    """The modules that a name or a kind means."""
+    found = [name for name in names if key in (name, module_kind(name))]
+    if not found:
+        kinds = sorted({module_kind(name) for name in names})
+        raise ValueError(
+            f"{setting}: expected some of the modules {sorted(names)} or of their kinds {kinds}, "
+            f"got {key!r}"
+        )
+    return found
 
 
 def _full_table(config: ToCaConfig, interval: int, num_steps: int, num_layers: int) -> BoolTable:

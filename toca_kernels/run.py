@@ -22,7 +22,8 @@ from .branch import Branch
 from .cache import Layout, TokenCache
 from .config import ToCaConfig
 from .models.adapter import Adapter, ModelCall
-from .plan import Plan, module_kind
+from .plan import Plan, cached_layers, module_kind
+from .room import CacheTooLarge, require
 from .selectors import SELECTORS
 
 
@@ -64,18 +65,20 @@ class Run:
         self.graphs: Graphs | None = None
         self._branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
+        self.keeps = self._keeps()
         partial = config.self_attention == "partial"
         selector = SELECTORS[config.selector]
-        self._kept_layers = dict(
+        self.kept_layers = dict(
             Counter(
                 name
                 for block in blocks
                 for name in block.layers
                 if (selector.source == "queries" or not name.endswith("_entropy"))
                 and (partial or "_kept_" not in name)
+                and (name in self.layers or any(self.keeps[name]))
             )
         )
-        self._layouts: dict[Hashable, dict[str, list[Layout]]] = {}
+        self._layouts: dict[Hashable, dict[str, list[Layout | None]]] = {}
         self._kept: dict[Hashable, list[TokenCache]] = {}
         self._plans: dict[Hashable, Plan] = {}
         for block in blocks:
@@ -105,6 +108,44 @@ class Run:
         steps = num_steps or len(config.step_ratio or ()) or 1000
         # Refuses settings that do not fit the model.
         self._make_plan(steps, dict.fromkeys(self.layers, 4096))
+
+    def _keeps(self) -> dict[str, list[bool]]:
+        """For everything that a block may keep and each of its layers: whether it is cached."""
+        cached = cached_layers(self.config, self.layers)
+        keeps: dict[str, dict[int, bool]] = {}
+        for block in self.blocks:
+            block.leave_out([n for n in block.modules if not cached[n][block.layers[n]]])
+            for name, layer in block.layers.items():
+                keeps.setdefault(name, {})[layer] = name not in block.never
+        return {name: [kept for _, kept in sorted(of.items())] for name, of in keeps.items()}
+
+    def allows(self, config: ToCaConfig) -> bool:
+        """Whether the model could be enabled with these settings, of which `modules` differ."""
+        cached = cached_layers(config, self.layers)
+        before = [block.never for block in self.blocks]
+        try:
+            for block in self.blocks:
+                block.leave_out([n for n in block.modules if not cached[n][block.layers[n]]])
+            plan = config.plan(
+                num_steps=self.num_steps or 1,
+                num_layers=self.layers,
+                num_tokens=dict.fromkeys(self.layers, 4096),
+            )
+            for block in self.blocks:
+                block.check(plan, partial=config.self_attention == "partial")
+        except ValueError:
+            return False
+        finally:
+            for block, never in zip(self.blocks, before, strict=True):
+                block.never = never
+        return True
+
+    def samples_rounding(self, block: Block) -> bool:
+        """Whether the block is the first that caches some module."""
+        return any(
+            name not in block.never and layer == self.keeps[name].index(True)
+            for name, layer in block.layers.items()
+        )
 
     @property
     def branches(self) -> Mapping[object, Branch]:
@@ -164,26 +205,30 @@ class Run:
                 return cache
         config = self.config
         cache = TokenCache(
-            self._kept_layers,
+            self.kept_layers,
             device,
             selecting=[
                 name
                 for name in self.layers
-                if module_kind(name) != "attn" or config.self_attention == "partial"
+                if any(self.keeps[name])
+                and (module_kind(name) != "attn" or config.self_attention == "partial")
             ],
-            beside=self._kept_layers.keys() - self.layers.keys(),
+            keeps=self.keeps,
+            beside=self.kept_layers.keys() - self.layers.keys(),
             cache_dtype=config.cache_dtype,
             forecast=config.forecast,
             shared=config.share_cfg_selection,
         )
-        cache.hold(self._layouts.get(signature, {}))
+        cache.see(self._layouts.get(signature, {}))
+        require(self, cache, device)
+        cache.hold()
         if self.graphs is not None:
             self._kept.setdefault(signature, []).append(cache)
         return cache
 
-    def remember(self, signature: Hashable, layout: Mapping[str, list[Layout]]) -> None:
+    def remember(self, signature: Hashable, layout: Mapping[str, Sequence[Layout | None]]) -> None:
         """What the modules' outputs look like in calls of this signature."""
-        self._layouts[signature] = dict(layout)
+        self._layouts[signature] = {name: list(layers) for name, layers in layout.items()}
 
     def call(
         self,
@@ -221,8 +266,11 @@ class Run:
                 if self.graphs is None:
                     return branch.forward(forward, args, kwargs)
                 return self.graphs.call(branch, forward, args, kwargs)
-        except BaseException:
+        except BaseException as error:
             branch.abort()
+            if isinstance(error, CacheTooLarge):
+                self.keep_no_more(branch.cache)
+                branch.release()  # else what fits of it would lie there
             raise
         finally:
             for block in self.blocks:

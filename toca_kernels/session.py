@@ -116,7 +116,7 @@ class Session:
         """
         branches = list(self._run.branches.values())
         recorded = branches[-1].done.selections if branches else []
-        return [None if step is None else next(iter(step.values())) for step in recorded]
+        return [None if step is None else next(iter(step.values()), None) for step in recorded]
 
     def selections_of(self, module: str) -> list[Tensor | None]:
         """`selections` of a module, by its name in the plan."""

@@ -13,7 +13,7 @@ needs one graph for each kind of step, not one for each block.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -41,6 +41,7 @@ class Holder(Protocol):
     """Makes the buffers of a block while its first step shows what they look like."""
 
     def hold(self, module: str, layer: int, layout: Layout) -> tuple[Features, Tensor]: ...
+    def see(self, module: str, layer: int, layout: Layout) -> None: ...
     def hold_score(
         self, scores: dict[str, Tensor], module: str, layer: int, score: Tensor
     ) -> None: ...
@@ -101,6 +102,9 @@ class Block:
             that get what these receive as scores, and the modules with as many tokens.
         mlps: the MLPs that a family composes from the ops.
         composed: whether the family composes the step at hand; then taps only pass on.
+        joint: whether image and text are one sequence in all of its modules.
+        never: what the settings do not cache of `layers`; such modules are full in every step.  A
+            block that has any runs through taps.
     """
 
     fuses: ClassVar[bool] = False  # whether full steps can run through the ops
@@ -120,6 +124,8 @@ class Block:
         self.attends = attends
         self.selectors = tuple(self._selectors(taps, ranked))
         self.composed = False
+        self.joint = False
+        self.never: frozenset[str] = frozenset()
         self.mlps: Sequence[RowMLP] = ()
         self.state: BlockState | None = None
         self.kept: list[str] = []
@@ -158,6 +164,11 @@ class Block:
         """Give memory back, after `disable`."""
         for mlp in self.mlps:
             mlp.release()
+
+    def leave_out(self, modules: Collection[str]) -> None:
+        """Cache nothing of these modules of the plan, nor what is kept beside them."""
+        beside = (one.tap.names for one in self.taps if one.tap.decides in modules)
+        self.never = frozenset(modules) | {name for names in beside for name in names}
 
     def scoring(self, selector: str) -> list[tuple[str, str]]:
         """(module that leaves scores, module whose tokens they rank)."""
@@ -206,7 +217,14 @@ class Block:
                     )
 
     def _check_together(self, plan: Plan, one: str, other: str) -> None:
-        if (plan.full[one] != plan.full[other]).any():
+        if (one in self.never) != (other in self.never):
+            raise ValueError(
+                f"modules, layers: expected {one!r} and {other!r} of this model to be cached in "
+                "the same layers, as they are computed together, got one of them in layer "
+                f"{self.layers[one]}"
+            )
+        columns = [plan.full[name][:, self.layers[name]] for name in (one, other)]
+        if (columns[0] != columns[1]).any():
             raise ValueError(
                 f"module_interval: expected one interval for {one!r} and {other!r} of this model, "
                 "got two"
@@ -218,7 +236,7 @@ class Block:
             one.check_in_place()
         for mlp in self.mlps:
             tapped = next(one for one in self.taps if one.tap.module is mlp.parts.module)
-            mlp.prepare(tapped, prepack=prepack)
+            mlp.prepare(tapped, prepack=prepack and not self.never)
 
     def place(self, state: BlockState | None) -> None:
         """Before and after a step."""
@@ -230,7 +248,8 @@ class Block:
         if state is None:  # called outside the model's forward: not part of a run
             return self._own_forward(*args, **kwargs)
         # What is cached is what a module's own forward returns: hooks act on it anew in each step.
-        self.composed = not self._hooked and self.composes(state, args, kwargs)
+        taps = self._hooked or len(self.never) > 0
+        self.composed = not taps and self.composes(state, args, kwargs)
         out = (
             self.compose(state, args, kwargs)
             if self.composed
@@ -371,7 +390,11 @@ class Block:
         return state.features[name]
 
     def write(self, state: BlockState, name: str, out: Tensor) -> None:
-        """Write all rows of a module's output to its cache."""
+        """Write all rows of a module's output to its cache, if it has one."""
+        if name in self.never:
+            if state.holder is not None and name in self.modules:
+                state.holder.see(name, self.layers[name], self.layout(name, out))
+            return
         kept = self.hold(state, name, out)
         shape = kept.shape if isinstance(kept, Tensor) else kept.values.shape
         if out.shape != shape:

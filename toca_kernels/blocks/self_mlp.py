@@ -65,7 +65,8 @@ class SelfMLP(Block):
 
     def check(self, plan: Plan, *, partial: bool) -> None:
         super().check(plan, partial=partial)
-        self._check_together(plan, "attn", "mlp")
+        if not self.never:  # else the block runs through taps
+            self._check_together(plan, "attn", "mlp")
 
     def prepare(self, *, prepack: bool) -> None:
         super().prepare(prepack=prepack)

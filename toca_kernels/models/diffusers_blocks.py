@@ -46,12 +46,14 @@ class Kind:
         needs: attributes that such a block has.
         taps: (block, prefix of its modules' names) -> its taps.
         ranked: whether scores can be taken from its attention.
+        joint: whether image and text are one sequence in all of its modules.
         make: (block, layers, taps) -> the block of a family that composes cached steps.
     """
 
     needs: tuple[str, ...]
     taps: Callable[[Any, str], list[Tap]]
     ranked: bool = True
+    joint: bool = False
     make: Callable[[Any, Mapping[str, int], list[Tap]], Block] | None = None
 
 
@@ -149,7 +151,7 @@ KINDS: dict[str, Kind] = {
     ),
     "LTXVideoTransformerBlock": _CROSS,
     "Lumina2TransformerBlock": Kind(
-        ("attn", "feed_forward"), lambda b, p: serial(p, b.attn, b.feed_forward)
+        ("attn", "feed_forward"), lambda b, p: serial(p, b.attn, b.feed_forward), joint=True
     ),
     # Its attention runs sample by sample, on the text that the mask admits.
     "MochiTransformerBlock": Kind(
@@ -168,7 +170,9 @@ KINDS: dict[str, Kind] = {
         make=crossing.wan,
     ),
     "ZImageTransformerBlock": Kind(
-        ("attention", "feed_forward"), lambda b, p: serial(p, b.attention, b.feed_forward)
+        ("attention", "feed_forward"),
+        lambda b, p: serial(p, b.attention, b.feed_forward),
+        joint=True,
     ),
 }
 
@@ -253,7 +257,9 @@ class DiffusersTransformer(Adapter):
 def _made(block: nn.Module, kind: Kind, layers: Mapping[str, int], taps: list[Tap]) -> Block:
     if kind.make is not None:
         return kind.make(block, layers, taps)
-    return Block(block, layers, taps, ranked=kind.ranked)
+    made = Block(block, layers, taps, ranked=kind.ranked)
+    made.joint = kind.joint
+    return made
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, str, nn.Module]]:

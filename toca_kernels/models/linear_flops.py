@@ -45,7 +45,7 @@ def _per_row(tap: Tap, done: Plan, apart: set[int]) -> dict[str, int]:
     )
     weights = sum(
         m.in_features * m.out_features
-        for m in _linears(tap.module)
+        for m in linears_of(tap.module)
         if m is tap.module or id(m) not in apart
     )
     cost = {name: 2 * weights // len(names) for name in names}
@@ -58,10 +58,10 @@ def _per_row(tap: Tap, done: Plan, apart: set[int]) -> dict[str, int]:
 
 def _width(attn: nn.Module) -> int:
     """C, the width of an attention's queries."""
-    return max((m.in_features for m in _linears(attn)), default=0)
+    return max((m.in_features for m in linears_of(attn)), default=0)
 
 
-def _linears(module: nn.Module) -> list[Any]:
+def linears_of(module: nn.Module) -> list[Any]:
     """The linears of a module, of whatever class: quantised ones need not be an nn.Linear, and
     their weights may have any shape.  Of a linear in another (LoRA) only the inner one counts."""
     sized = [

@@ -1,0 +1,177 @@
+"""Caches that do not fit are refused, with numbers, before they are allocated."""
+
+import re
+
+import pytest
+import torch
+
+import toca_kernels as toca
+from models import sample, timesteps, tiny_dit
+from pipelines import PIPELINES
+from test_families import STEPS, config
+from toca_kernels import room
+from toca_kernels.apps.sample_draw import Drawer
+
+CONFIG = toca.ToCaConfig(interval=3, fresh_ratio=0.3)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets how many bytes are free."""
+    bytes_of = {"meta": None}  # where estimates are made
+    monkeypatch.setattr(room, "free_bytes", lambda device: bytes_of[device.type])
+
+    def say(count):
+        bytes_of["cpu"] = count
+
+    return say
+
+
+def held(session):
+    """Bytes of all caches that the session's branches hold."""
+    branches = session._run.branches.values()
+    return sum(branch.cache.nbytes for branch in branches if branch.cache is not None)
+
+
+def test_the_step_is_refused_after_its_first_block(free):
+    model = tiny_dit()
+    untouched = sample(model, STEPS)
+    needed = CONFIG.memory(model, batch=4, tokens=64).cache_bytes
+    calls = []
+    handles = [
+        block.register_forward_hook(lambda *_, n=n: calls.append(n))
+        for n, block in enumerate(model.blocks)
+    ]
+    with toca.enabled(model, CONFIG, timesteps=timesteps(STEPS)) as session:
+        free(needed // 2)
+        with pytest.raises(torch.OutOfMemoryError, match="caches of one guidance branch") as raised:
+            sample(model, STEPS)
+        error = raised.value
+        assert isinstance(error, toca.CacheTooLarge)
+        assert calls == [0]
+        assert error.free == needed // 2
+        assert error.missing == needed * 2 // 3  # of three layers one is there
+        assert needed < error.needed < 1.1 * needed
+        assert held(session) == 0
+        free(2 * needed)
+        first = sample(model, STEPS)
+        assert session.summary().cache_bytes == needed
+        free(0)  # what an earlier run has shown is refused before the first block
+        calls.clear()
+        with pytest.raises(toca.CacheTooLarge):
+            sample(model, STEPS)
+        assert calls == []
+        free(2 * needed)
+        assert torch.equal(sample(model, STEPS), first)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(sample(model, STEPS), untouched)
+
+
+def sizes(message):
+    """What the refusal says that other settings would take."""
+    found = re.findall(r"(\d+)  with (.*?)(?: of \d+: fits)?\n", message)
+    return {said: int(size) for size, said in found}
+
+
+@pytest.mark.parametrize("name", ["wan", "sd3", "flux", "hunyuan_video", "latte", "cogvideox"])
+def test_what_would_help_is_computed(free, name, monkeypatch):
+    """What `memory` tells of these settings."""
+    monkeypatch.setattr(room, "_gib", str)
+    tiny = PIPELINES[name]
+    pipe = tiny()
+    untouched = tiny.call(pipe, STEPS)
+    chosen = config(name)
+    arguments = {"batch": len(tiny.calls[0]), "tokens": tiny.grid, "text_tokens": tiny.text}
+    model = tiny.models(pipe)[0]
+    whole = chosen.memory(model, **arguments).cache_bytes
+    with toca.enabled(pipe, chosen) as session:
+        free(whole // 5)
+        with pytest.raises(toca.CacheTooLarge) as raised:
+            tiny.call(pipe, STEPS)
+        assert held(session) == 0
+    assert torch.equal(tiny.call(pipe, STEPS), untouched)
+    said = str(raised.value)
+    assert re.search(rf"\d+ needed for .*attn.* {whole // 5} free on cpu", said)
+    told = sizes(said)
+    assert "cache_dtype='int8'" in told
+    alone = {"modules=('attn',)", "modules=('mlp',)"} & told.keys()
+    assert len(alone) == (0 if name in ("flux", "hunyuan_video") else 2)  # together in a block
+    if name == "wan":
+        assert {"modules=('cross_attn',)", "cache_dtype='int8', layers=range(2)"} <= told.keys()
+    for setting, size in told.items():
+        other = chosen.replace(**eval(f"dict({setting})"))
+        estimate = other.memory(model, **arguments)
+        # Scores are in it, the selection of a step is not.
+        assert estimate.cache_bytes <= size <= estimate.cache_bytes + estimate.other_bytes
+
+
+def test_other_settings_that_would_do_are_allowed(free):
+    """Where attention and MLP of a block go together, only one of them is not offered."""
+    pipe = PIPELINES["flux"]()
+    with toca.enabled(pipe, config("flux")) as session:
+        run = session._run
+        assert not run.allows(run.config.replace(modules=("attn",)))
+        assert run.allows(run.config.replace(modules=("attn", "single_mlp")))
+        assert all(block.never == frozenset() for block in run.blocks)
+
+
+def test_a_second_guidance_branch_is_refused(free):
+    """Its caches are made at once, from what the first has shown; then the run goes on."""
+    tiny = PIPELINES["wan"]
+    pipe = tiny()
+    chosen = config("wan")
+    arguments = {"batch": 1, "tokens": tiny.grid, "text_tokens": tiny.text}
+    needed = chosen.memory(tiny.models(pipe)[0], **arguments).cache_bytes
+    with toca.enabled(pipe, chosen) as session:
+        answers = iter([10 * needed] * 6 + [needed // 2] * 100)
+
+        def free_bytes(device):
+            return next(answers)  # one for each check
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(room, "free_bytes", free_bytes)
+            with pytest.raises(toca.CacheTooLarge):
+                tiny.call(pipe, STEPS)
+        free(10 * needed)
+        out = tiny.call(pipe, STEPS)
+        assert session.summary().cache_bytes == 2 * needed
+        assert torch.equal(tiny.call(pipe, STEPS), out)
+
+
+def test_sampling_halves_its_batch(free, capsys):
+    model = tiny_dit()
+    one = CONFIG.memory(model, batch=2, tokens=64)
+    with toca.enabled(model, CONFIG, num_steps=STEPS) as session:
+        free(one.cache_bytes + one.other_bytes)
+
+        def draw(requests):
+            return sample(model, STEPS, labels=[int(request) for request in requests])
+
+        drawn, parts = Drawer(draw, session.reset, 4)([3, 7, 5, 1])
+    assert parts == [1, 1, 1, 1]
+    assert len(drawn) == 4
+    assert "out of memory with 4 samples at once, going on with 2" in capsys.readouterr().err
+
+
+def test_what_is_free():
+    """On a CPU what Linux says; nothing is refused where nobody tells."""
+    assert room.free_bytes(torch.device("meta")) is None
+    if room._MEMINFO.exists():
+        assert 2**20 < room.free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_no_check_where_nobody_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "_MEMINFO", tmp_path / "none")
+    assert room.free_bytes(torch.device("cpu")) is None
+    model = tiny_dit()
+    with toca.enabled(model, CONFIG, num_steps=STEPS):
+        sample(model, STEPS)
+
+
+def test_what_is_free_on_a_gpu(monkeypatch):
+    """What the driver has, and what the allocator has reserved and does not use."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert room.free_bytes(torch.device("cuda", 0)) == 1200
