@@ -118,7 +118,7 @@ def updated(text: str) -> str:
         return f"{match[1]}\n{rendered(match[2])}\n{match[3]}"
 
     return re.sub(
-        r"(<!-- results: ([\w/]+) -->)\n.*?\n(<!-- end -->)", replace, text, flags=re.DOTALL
+        r"(<!-- results: ([\w/]+) -->)\n.*?(<!-- end -->)", replace, text, flags=re.DOTALL
     )
 
 
