@@ -52,6 +52,20 @@ def test_halves_of_a_batch_in_separate_calls_are_refused():
         prompted(model, [5, 6], separate=True)
 
 
+@pytest.mark.parametrize("name", ["flux", "pixart_alpha", "wan"])
+def test_pipelines_without_a_config(name):
+    tiny = PIPELINES[name]
+    pipe = tiny()
+    untouched = tiny.call(pipe, STEPS)
+    with toca.enabled(pipe) as session:
+        out = tiny.call(pipe, STEPS)
+        assert torch.equal(tiny.call(pipe, STEPS), out)
+        summary = session.summary()
+    assert (summary.full_steps, summary.cached_steps) == (2, 4)
+    assert 1e-6 < (out - untouched).norm() / untouched.norm() < 0.5
+    assert torch.equal(tiny.call(pipe, STEPS), untouched)
+
+
 def test_a_copied_scheduler_is_its_own():
     pipe = PIPELINES["pixart_alpha"]()
     with toca.enabled(pipe, config()) as session:

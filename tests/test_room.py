@@ -10,7 +10,7 @@ from models import sample, timesteps, tiny_dit
 from pipelines import PIPELINES
 from test_families import STEPS, config
 from toca_kernels import room
-from toca_kernels.apps.sample_draw import Drawer
+from toca_kernels.apps.drawing.batches import Drawer
 
 CONFIG = toca.ToCaConfig(interval=3, fresh_ratio=0.3)
 
