@@ -30,7 +30,8 @@ def test_buffers_are_made_once_for_one_kind_of_tokens():
     cache = TokenCache({"attn": L, "mlp": L}, CPU, selecting=["mlp"])
     assert cache.layout == {}
     assert cache.nbytes == 0
-    cache.hold({"attn": [LAYOUT] * L, "mlp": [LAYOUT] * L})
+    cache.see({"attn": [LAYOUT] * L, "mlp": [LAYOUT] * L})
+    cache.hold()
     assert cache.layout == {"attn": [LAYOUT] * L, "mlp": [LAYOUT] * L}
     assert cache.nbytes == 2 * L * B * N * C * 4
     first = cache.tracks["mlp"].features[0]
@@ -42,7 +43,8 @@ def test_buffers_are_made_once_for_one_kind_of_tokens():
 @pytest.mark.parametrize(("name", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
 def test_eight_bits_and_a_scale_for_each_token(name, dtype):
     cache = TokenCache({"mlp": L}, CPU, cache_dtype=name)
-    cache.hold({"mlp": [LAYOUT] * L})
+    cache.see({"mlp": [LAYOUT] * L})
+    cache.hold()
     values, scale = tensors(cache.tracks["mlp"].features[0])
     assert (values.dtype, values.shape) == (dtype, (B, N, C))
     assert (scale.dtype, scale.shape) == (torch.float32, (B, N))
@@ -51,7 +53,8 @@ def test_eight_bits_and_a_scale_for_each_token(name, dtype):
 
 def test_nothing_is_valid_before_it_is_written_or_after_it_is_forgotten():
     cache = TokenCache({"mlp": L}, CPU, selecting=["mlp"])
-    cache.hold({"mlp": [LAYOUT] * L})
+    cache.see({"mlp": [LAYOUT] * L})
+    cache.hold()
     track = cache.tracks["mlp"]
     assert not cache.valid
     track.valid = [True] * L
@@ -215,7 +218,8 @@ def test_the_rest_is_small():
     """Scores, ages and selections beside the features; what a run holds is in test_memory.py."""
     cache = TokenCache({"attn": 8, "mlp": 8}, CPU, selecting=["mlp"])
     layout = Layout((2, 256, 256), torch.bfloat16, CPU)
-    cache.hold({"attn": [layout] * 8, "mlp": [layout] * 8})
+    cache.see({"attn": [layout] * 8, "mlp": [layout] * 8})
+    cache.hold()
     assert 0 < cache.other_nbytes < 0.05 * cache.nbytes
     before = cache.other_nbytes
     cache.tracks["mlp"].select([True] * 8, [64] * 8, **(SETTINGS | {"grid": (16, 16)}))
@@ -236,7 +240,8 @@ def test_caches_of_flux_at_1024(cache_dtype, most):
     layout |= {f"single_{m}": [joint] * 38 for m in KINDS}
     counts = {name: len(layers) for name, layers in layout.items()}
     cache = TokenCache(counts, torch.device("meta"), cache_dtype=cache_dtype)
-    cache.hold(layout)
+    cache.see(layout)
+    cache.hold()
     assert most - 0.05 < cache.nbytes / 2**30 < most
 
 
