@@ -137,7 +137,7 @@ class Track:
         if not (self.selects or order):
             return 0
         B, N, _ = layout.shape
-        return self.layers * N * 4 * (B + 2 * self._rows_of(B) + B * bool(order))
+        return self.layers * N * 4 * (B + 2 * self._rows_of(B) + B * (order > 0))
 
     def to_come(self) -> int:
         """Bytes that are not allocated yet, where layers not seen are like one that was."""

@@ -10,6 +10,7 @@ namespace toca::cpu {
 }
 
 void attention_scores(const AttentionScores&) { refuse(); }
+void attention_entropy(const AttentionEntropy&) { refuse(); }
 void select_tokens(const SelectTokens&) { refuse(); }
 void gather_modulate(const GatherModulate&) { refuse(); }
 void scatter_residual(const ScatterResidual&) { refuse(); }
