@@ -247,6 +247,7 @@ class Block:
         state = self.state
         if state is None:  # called outside the model's forward: not part of a run
             return self._own_forward(*args, **kwargs)
+        self.kept = []  # in composed steps too: a list that grows is compiled anew each time
         # What is cached is what a module's own forward returns: hooks act on it anew in each step.
         taps = self._hooked or len(self.never) > 0
         self.composed = not taps and self.composes(state, args, kwargs)
@@ -292,7 +293,6 @@ class Block:
 
     def _through_taps(self, state: BlockState, args: Any, kwargs: Any) -> Any:
         """The block's own forward: bit for bit in a full step."""
-        self.kept = []
         if self.attends and all(state.full.values()) and state.selector:
             out = self._attended(state, args, kwargs)
         else:
