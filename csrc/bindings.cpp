@@ -45,6 +45,17 @@ void call(OnCpu<Params> cpu, OnCuda<Params> cuda, const Params& params, const Wh
   }
 }
 
+// What the ops on queries and keys share.
+template <class Params>
+void set_heads(Params& p, const std::array<int64_t, 6>& stride, float scale, int dtype,
+               int threads) {
+  p.q_b = stride[0], p.q_h = stride[1], p.q_n = stride[2];
+  p.k_b = stride[3], p.k_h = stride[4], p.k_n = stride[5];
+  p.scale = scale;
+  p.dtype = toca::DType(dtype);
+  p.threads = threads;
+}
+
 void attention_scores(const std::array<Pointer, 5>& ptr, const std::array<int64_t, 5>& size,
                       const std::array<int64_t, 6>& stride, float scale, int dtype, int threads) {
   toca::AttentionScores p{};
@@ -54,11 +65,7 @@ void attention_scores(const std::array<Pointer, 5>& ptr, const std::array<int64_
   p.partial = as<float>(ptr[3]);
   p.out = as<float>(ptr[4]);
   p.B = size[0], p.H = size[1], p.Nq = size[2], p.N = size[3], p.D = size[4];
-  p.q_b = stride[0], p.q_h = stride[1], p.q_n = stride[2];
-  p.k_b = stride[3], p.k_h = stride[4], p.k_n = stride[5];
-  p.scale = scale;
-  p.dtype = toca::DType(dtype);
-  p.threads = threads;
+  set_heads(p, stride, scale, dtype, threads);
   py::gil_scoped_release release;
   toca::cpu::attention_scores(p);
 }
@@ -73,11 +80,7 @@ void attention_entropy(const std::array<Pointer, 6>& ptr, const std::array<int64
   p.packed = as<void>(ptr[4]);
   p.out = as<float>(ptr[5]);
   p.B = size[0], p.H = size[1], p.N = size[2], p.L = size[3], p.D = size[4];
-  p.q_b = stride[0], p.q_h = stride[1], p.q_n = stride[2];
-  p.k_b = stride[3], p.k_h = stride[4], p.k_n = stride[5];
-  p.scale = scale;
-  p.dtype = toca::DType(dtype);
-  p.threads = threads;
+  set_heads(p, stride, scale, dtype, threads);
   py::gil_scoped_release release;
   toca::cpu::attention_entropy(p);
 }

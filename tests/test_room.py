@@ -77,7 +77,7 @@ def sizes(message):
 @pytest.mark.parametrize("name", ["wan", "sd3", "flux", "hunyuan_video", "latte", "cogvideox"])
 def test_what_would_help_is_computed(free, name, monkeypatch):
     """What `memory` tells of these settings."""
-    monkeypatch.setattr(room, "_gib", str)
+    monkeypatch.setattr(room, "readable", str)
     tiny = PIPELINES[name]
     pipe = tiny()
     untouched = tiny.call(pipe, STEPS)

@@ -29,6 +29,7 @@ from .config import ToCaConfig
 from .models.linear_flops import linears_of
 from .ops import packing_unavailable
 from .plan import Plan, check_integer, module_kind
+from .room import readable
 from .run import Run
 
 _META = torch.device("meta")
@@ -95,11 +96,6 @@ class Memory:
         }
         lines += [f"{name:{width + 26}} {readable(sum_):>11}" for name, sum_ in sums.items()]
         return "\n".join(lines)
-
-
-def readable(nbytes: int) -> str:
-    """In MiB, or in GiB from one on."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def estimate(

@@ -69,11 +69,11 @@ def require(run: Run, cache: TokenCache, device: torch.device) -> None:
     held = needed - missing
     shown = ", ".join(track.name for track in tracks if track.name in run.layers)
     lines = [
-        f"caches of one guidance branch: {_gib(needed)} needed for {shown}, "
-        f"{_gib(missing)} of it still to be allocated; {_gib(free)} free on {device}. "
+        f"caches of one guidance branch: {readable(needed)} needed for {shown}, "
+        f"{readable(missing)} of it still to be allocated; {readable(free)} free on {device}. "
         "It would take"
     ]
-    lines += [f"  {_gib(size):>10}  with {said}" for said, size in _others(run, tracks)]
+    lines += [f"  {readable(size):>10}  with {said}" for said, size in _others(run, tracks)]
     for said, eight in (("", False), ("cache_dtype='int8', ", True)):
         if eight and not _can_be_eight(run.config):
             continue
@@ -81,7 +81,9 @@ def require(run: Run, cache: TokenCache, device: torch.device) -> None:
         if layers:
             most = max(track.layers for track in tracks)
             size = _total(tracks, eight=eight, layers=layers)
-            lines.append(f"  {_gib(size):>10}  with {said}layers=range({layers}) of {most}: fits")
+            lines.append(
+                f"  {readable(size):>10}  with {said}layers=range({layers}) of {most}: fits"
+            )
     if len(lines) == 1:
         lines = [lines[0].removesuffix(" It would take")]
     lines.append("or fewer samples at once. config.memory(model, ...) tells it before a run.")
@@ -139,5 +141,6 @@ def _most_layers(tracks: list[Track], room: int, eight: bool) -> int:
     return next(fitting, 0)
 
 
-def _gib(nbytes: int) -> str:
+def readable(nbytes: int) -> str:
+    """In MiB, or in GiB from one on."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"

@@ -111,21 +111,24 @@ class Run:
 
     def _keeps(self) -> dict[str, list[bool]]:
         """For everything that a block may keep and each of its layers: whether it is cached."""
-        cached = cached_layers(self.config, self.layers)
+        self._leave_out(self.config)
         keeps: dict[str, dict[int, bool]] = {}
         for block in self.blocks:
-            block.leave_out([n for n in block.modules if not cached[n][block.layers[n]]])
             for name, layer in block.layers.items():
                 keeps.setdefault(name, {})[layer] = name not in block.never
         return {name: [kept for _, kept in sorted(of.items())] for name, of in keeps.items()}
 
+    def _leave_out(self, config: ToCaConfig) -> None:
+        """Tell the blocks which of their modules are not cached."""
+        cached = cached_layers(config, self.layers)
+        for block in self.blocks:
+            block.leave_out([n for n in block.modules if not cached[n][block.layers[n]]])
+
     def allows(self, config: ToCaConfig) -> bool:
         """Whether the model could be enabled with these settings, of which `modules` differ."""
-        cached = cached_layers(config, self.layers)
         before = [block.never for block in self.blocks]
         try:
-            for block in self.blocks:
-                block.leave_out([n for n in block.modules if not cached[n][block.layers[n]]])
+            self._leave_out(config)
             plan = config.plan(
                 num_steps=self.num_steps or 1,
                 num_layers=self.layers,

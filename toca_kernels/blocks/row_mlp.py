@@ -15,7 +15,6 @@ from ..ops import (
     gather_modulate,
     mlp_rows,
     partial_mlp,
-    read_rows,
     scatter_residual,
 )
 from . import linear
@@ -125,19 +124,15 @@ class RowMLP:
                 bias=norm.bias,
                 eps=norm.eps,
             )
-        if len(reused) < 2:
-            rows = normed_rows(norm, x, index, shift, scale, reused[0] if reused else None)
-        else:
-            shift, scale = (_picked(m, index) for m in (shift, scale))
-            rows = normed_rows(norm, residual_rows(x, index, reused), None, shift, scale, None)
-        return scatter_residual(x, [*reused, (gate, cache, self._mlp(rows), inverse)])
+        fresh = self._mlp(normed_rows(norm, x, index, shift, scale, reused))
+        return scatter_residual(x, [*reused, (gate, cache, fresh, inverse)])
 
     def full(
         self, x: Tensor, every: Tensor, modulation: Modulation, cache: Features, reuse: Residual
     ) -> Tensor:
         """The same with every token fresh."""
         shift, scale, gate = modulation
-        fresh = self._mlp(normed_rows(self._norm, x, None, shift, scale, reuse))
+        fresh = self._mlp(normed_rows(self._norm, x, None, shift, scale, [reuse]))
         return scatter_residual(x, [reuse, (gate, cache, fresh, every)])
 
     def _mlp(self, rows: Tensor) -> Tensor:
@@ -172,9 +167,17 @@ def normed_rows(
     index: Tensor | None,
     shift: Tensor,
     scale: Tensor,
-    residual: Residual | None,
+    reused: Sequence[Residual] = (),
 ) -> Tensor:
-    """gather_modulate; through the norm's own module where its parameters may not be read."""
+    """gather_modulate of x + what is reused; through the norm's own module where its parameters
+    may not be read."""
+    residual = None
+    if norm.module is None and len(reused) < 2:  # as many as the op takes
+        residual = reused[0] if reused else None
+    else:
+        x = residual_rows(x, index, reused)
+        shift, scale = (_picked(m, index) for m in (shift, scale))
+        index = None
     if norm.module is None:
         return gather_modulate(
             x,
@@ -187,31 +190,27 @@ def normed_rows(
             bias=norm.bias,
             eps=norm.eps,
         )
-    rows = x
-    if residual is not None:
-        gate, cache = residual
-        if not isinstance(cache, Tensor):
-            cache = read_rows(cache, dtype=x.dtype)
-        rows = rows + (cache if gate is None else _per_token(gate) * cache)
-    if index is not None:
-        rows = taken_rows(rows, index)
-        shift, scale = (_picked(m, index) for m in (shift, scale))
-    rows = norm.module(rows) * (1 + _per_token(scale)) + _per_token(shift)
+    rows = norm.module(x) * (1 + _per_token(scale)) + _per_token(shift)
     return rows.to(x.dtype).contiguous()
 
 
-def residual_rows(x: Tensor, index: Tensor, reused: Sequence[Residual]) -> Tensor:
-    """The selected rows of x + what is reused, (B, k, C), rounded once."""
-    rows = taken_rows(x, index).float()
+def residual_rows(x: Tensor, index: Tensor | None, reused: Sequence[Residual]) -> Tensor:
+    """The selected rows of x + what is reused, (B, k, C), rounded once; None selects all."""
+    rows = x if index is None else taken_rows(x, index)
+    if not reused:
+        return rows
+    rows = rows.float()
     for gate, cache in reused:
         added = cached_rows(cache, index, x.dtype)
         rows = rows + added if gate is None else rows + _per_token(_picked(gate, index)) * added
     return rows.to(x.dtype)
 
 
-def _picked(modulation: Tensor, index: Tensor) -> Tensor:
+def _picked(modulation: Tensor, index: Tensor | None) -> Tensor:
     """(B, C) as it is; of (B, N, C) the selected rows."""
-    return taken_rows(modulation, index) if modulation.ndim == 3 else modulation
+    if index is None or modulation.ndim == 2:
+        return modulation
+    return taken_rows(modulation, index)
 
 
 def _per_token(modulation: Tensor) -> Tensor:

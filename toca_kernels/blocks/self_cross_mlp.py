@@ -87,6 +87,9 @@ class SelfCrossMLP(Block):
         return self.mlps[0].cached(x, selection, modulation, state.features[mlp], reused)
 
 
+_TEMPORAL = "temporal_attn"  # the plan's name of attention along time, in whatever block
+
+
 class SpatialTemporal(SelfCrossMLP):
     """A block that attends within each frame, (B T, S, C), along time, (B S, T, C), or both.
 
@@ -94,18 +97,7 @@ class SpatialTemporal(SelfCrossMLP):
     the module has returned: so a cached step adds them as they lie.
     """
 
-    def __init__(
-        self,
-        parts: SelfCrossParts,
-        layers: Mapping[str, int],
-        taps: Sequence[Tap],
-        *,
-        temporal: str | None,
-    ) -> None:
-        """`temporal` names the attention along time, if the block has one."""
-        super().__init__(parts, layers, taps)
-        self._temporal = temporal
-        self._samples = 0
+    _samples = 0  # B, of the call at hand
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.state is not None:
@@ -113,14 +105,14 @@ class SpatialTemporal(SelfCrossMLP):
         return super().forward(*args, **kwargs)
 
     def write(self, state: BlockState, name: str, out: Tensor) -> None:
-        if name == self._temporal:
+        if name == _TEMPORAL:
             tracks = out.unflatten(0, (self._samples, -1))  # (B, S, T, C)
             out = tracks.transpose(1, 2).reshape(out.shape)
         super().write(state, name, out)
 
     def read(self, state: BlockState, name: str) -> Tensor:
         kept = super().read(state, name)
-        if name != self._temporal:
+        if name != _TEMPORAL:
             return kept
         frames = kept.view(self._samples, kept.shape[1], -1, kept.shape[2])  # (B, T, S, C)
         return frames.transpose(1, 2).reshape(kept.shape)

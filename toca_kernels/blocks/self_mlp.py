@@ -112,7 +112,7 @@ class SelfMLP(Block):
         if index.shape[1] == 0:
             return
         shift, scale, *_ = self._modulation(state, x, args, kwargs, slice(None))
-        rows = normed_rows(self._norm, x.contiguous(), index, shift, scale, None)
+        rows = normed_rows(self._norm, x.contiguous(), index, shift, scale)
         write_rows(state.features["attn"], self.parts.attn(rows).to(x.dtype), index)
 
     def _fused(self, state: BlockState, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -121,7 +121,7 @@ class SelfMLP(Block):
             state, x, args, kwargs, slice(None)
         )
         x = x.contiguous()
-        attn = self.parts.attn(normed_rows(self._norm, x, None, shift_a, scale_a, None))
+        attn = self.parts.attn(normed_rows(self._norm, x, None, shift_a, scale_a))
         self.write(state, "attn", attn)
         mlp = self.hold(state, "mlp", x)
         reuse = (gate_a, state.features["attn"])

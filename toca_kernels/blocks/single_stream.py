@@ -76,7 +76,7 @@ class SingleStream(Block):
         cache = state.features["single_mlp"]
         if index.shape[1] == 0:
             return parts.pack(scatter_residual(x, [(gate, cache)]), *args, **kwargs)
-        rows = normed_rows(self._norm, x, index, shift, scale, None)
+        rows = normed_rows(self._norm, x, index, shift, scale)
         attention = self.read_rows(state, parts.attention, index)
         fresh = parts.contract(torch.cat([attention, parts.expand(rows)], dim=2))
         x = scatter_residual(x, [(gate, cache, fresh.contiguous(), inverse)])

@@ -339,10 +339,10 @@ def taken_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def cached_rows(features: Features, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """The selected rows of a cache, (B, k, C); of one that is not a plain tensor, in `dtype`."""
+def cached_rows(features: Features, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The selected rows of a cache, (B, k, C), or all; in `dtype` if it is no plain tensor."""
     if isinstance(features, Tensor):
-        return taken_rows(features, index)
+        return features if index is None else taken_rows(features, index)
     return read_rows(features, index, dtype=dtype)
 
 

@@ -59,18 +59,9 @@ def pixart_alpha(block: Any, layers: Mapping[str, int], taps: list[Tap]) -> Bloc
     return SelfCrossMLP(_packed_text(block), layers, taps)
 
 
-def open_sora(
-    block: Any,
-    layers: Mapping[str, int],
-    taps: list[Tap],
-    *,
-    attentions: tuple[str, ...],
-    **others: Any,
-) -> Block:
+def open_sora(block: Any, layers: Mapping[str, int], taps: list[Tap], **others: Any) -> Block:
     """STDiTBlock and STDiT3Block; `others` are of SelfCrossParts."""
-    parts = _packed_text(block, attentions=attentions, **others)
-    temporal = "temporal_attn" if "temporal_attn" in attentions else None
-    return SpatialTemporal(parts, layers, taps, temporal=temporal)
+    return SpatialTemporal(_packed_text(block, **others), layers, taps)
 
 
 def _packed_text(block: Any, **others: Any) -> SelfCrossParts:
