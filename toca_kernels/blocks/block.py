@@ -47,6 +47,16 @@ class Holder(Protocol):
     ) -> None: ...
 
 
+class Loan(Protocol):
+    """Brings what does not lie at hand, in one piece on the device, for as long as a block runs."""
+
+    def take(self, block: Block, state: BlockState) -> None:
+        """Before the block: put into the state what it will read and write."""
+
+    def give_back(self, block: Block, state: BlockState) -> None:
+        """After the block, unless it raised: take what it wrote to where that belongs."""
+
+
 @dataclass
 class BlockState:
     """What the step at hand asks of one block; keyed by the modules' names.
@@ -67,6 +77,7 @@ class BlockState:
         rounding: where errors of 8-bit caches are summed; None where they are not sampled.
         modulation: this step's row of a table made for all steps; None where there is none.
         watch: called with the block's arguments and result; None where nobody asks.
+        loan: brings the caches; None where they are at hand.
         holder: makes `features` and `scores`, in the first step of a kind.
     """
 
@@ -88,6 +99,7 @@ class BlockState:
     modulation: Tensor | None = None
     holder: Holder | None = None
     watch: Callable[[Any, Any, Any], None] | None = None
+    loan: Loan | None = None
 
 
 class Block:
@@ -247,6 +259,8 @@ class Block:
         state = self.state
         if state is None:  # called outside the model's forward: not part of a run
             return self._own_forward(*args, **kwargs)
+        if state.loan is not None:
+            state.loan.take(self, state)
         self.kept = []  # in composed steps too: a list that grows is compiled anew each time
         # What is cached is what a module's own forward returns: hooks act on it anew in each step.
         taps = self._hooked or len(self.never) > 0
@@ -256,6 +270,8 @@ class Block:
             if self.composed
             else self._through_taps(state, args, kwargs)
         )
+        if state.loan is not None:
+            state.loan.give_back(self, state)
         if state.watch is not None:
             state.watch(args, kwargs, out)
         return out
