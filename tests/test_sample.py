@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from toca_kernels import room
 from toca_kernels.apps import sample
 from toca_kernels.apps.drawing import files
 from toca_kernels.apps.drawing.batches import Drawer
@@ -196,11 +197,15 @@ def test_latents_and_prompts(own, tmp_path):
     assert lines[3] == {"index": 3, "prompt": "an old ship"}
 
 
-def test_digits_with_toca(tmp_path, monkeypatch):
-    """The last batch has another size; a batch knows nothing of the one before."""
-    for name in ("diffusers", "sklearn"):
+@pytest.fixture
+def digits_here(monkeypatch) -> None:
+    for name in ("diffusers", "sklearn", "tqdm"):
         pytest.importorskip(name, reason="the digits example needs it")
     monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_digits_with_toca(digits_here, tmp_path):
+    """The last batch has another size; a batch knows nothing of the one before."""
     settings = ("--preset", "dit-ddim50", "--steps", 4, "--format", "safetensors")
     whole, second = tmp_path / "whole", tmp_path / "second"
     assert draw(str(DIGITS), whole, *settings, count=3, size=2) == 0
@@ -388,11 +393,27 @@ def test_memory_that_runs_out_halves_the_batch(error, own, tmp_path, capsys):
 
 def test_no_memory_for_one_sample(own, tmp_path):
     wrong(own, room=0, error="cuda")
-    with pytest.raises(ValueError, match="expected enough for a batch of 1"):
+    words = "expected enough for a batch of 1, there is not: CUDA out of memory$"
+    with pytest.raises(ValueError, match=words):
         draw(own, tmp_path / "out")
     wrong(own, room=0, error="other")
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         draw(own, tmp_path / "out")
+
+
+def test_no_memory_for_one_sample_repeats_the_numbers_of_the_refusal(
+    digits_here, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1 << 20)
+    argv = ("--preset", "dit-ddim50", "--steps", 4)
+    with pytest.raises(ValueError, match="expected enough for a batch of 1") as refusal:
+        draw(str(DIGITS), tmp_path / "out", *argv, count=2, size=2)
+    assert "out of memory with 2 samples at once, going on with 1" in capsys.readouterr().err
+    assert "caches of one guidance branch: " in str(refusal.value)
+    assert re.search(r"[\d.]+ MiB needed for attn, mlp, ", str(refusal.value))
+    assert "1.00 MiB free on cpu" in str(refusal.value)
+    assert "with cache_dtype='int8'" in str(refusal.value)
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_memory_of_a_failed_call_is_freed_before_the_next():

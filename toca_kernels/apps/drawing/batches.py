@@ -44,16 +44,16 @@ class Drawer:
         """The samples, and how many were drawn at a time.
 
         Raises:
-            ValueError: there is no memory for a single sample.
+            ValueError: there is no memory for a single sample; it repeats what was refused.
         """
         rows: list[Tensor] = []
         while (at := sum(map(len, rows))) < len(requests):
             part = requests[at : at + self.limit]
             drawn = self._try(part)
-            if drawn is not None:
+            if isinstance(drawn, Tensor):
                 rows.append(drawn)
             elif len(part) == 1:
-                raise ValueError("memory: expected enough for a batch of 1, there is not")
+                raise ValueError(f"memory: expected enough for a batch of 1, there is not: {drawn}")
             else:
                 self.limit = (len(part) + 1) // 2
                 print(
@@ -63,20 +63,22 @@ class Drawer:
                 )
         return torch.cat(rows), [len(one) for one in rows]
 
-    def _try(self, requests: Sequence[Request]) -> Tensor | None:
+    def _try(self, requests: Sequence[Request]) -> Tensor | str:
+        """The samples, or what was said when memory ran out."""
         try:
             return self._draw(requests)
-        except (torch.OutOfMemoryError, MemoryError):
-            pass
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            said = str(error) or type(error).__name__
         except RuntimeError as error:
-            if not any(words in str(error) for words in _SAYS_NO_MEMORY):
+            said = str(error)
+            if not any(words in said for words in _SAYS_NO_MEMORY):
                 raise
         # Only here, where the error that holds the frames, and so their tensors, is gone.
         self._release()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return None
+        return said
 
 
 class Progress:
