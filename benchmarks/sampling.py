@@ -2,8 +2,8 @@
 
 All draw the digits of examples/digits with the same settings and noise, and write PNG files.  The
 plain loop is what a user would write himself: the enabled model, the sampler of the example and
-PIL; no checksums, nothing synced, no resuming.  No time is reported before its pictures and those of
-the command are the same.
+PIL; no checksums, nothing synced, no resuming.  No time is reported before its pictures and those
+of the command are the same.
 
 Two ratios are measured, each in rounds whose order changes: the command over the plain loop, both
 in this process; and the command in --processes of one thread each over one process of one thread.

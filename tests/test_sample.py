@@ -1,6 +1,7 @@
 """`toca sample`: files, resuming, folders of others, memory and disks that are too small."""
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import json
@@ -9,7 +10,9 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,8 @@ import torch
 
 from toca_kernels import room
 from toca_kernels.apps import sample
-from toca_kernels.apps.drawing import files
-from toca_kernels.apps.drawing.batches import Drawer
+from toca_kernels.apps.drawing import batches, files
+from toca_kernels.apps.drawing.batches import Drawer, Progress
 from toca_kernels.apps.sampling import noise
 from toca_kernels.apps.sampling.loading import load
 from toca_kernels.apps.storing.pictures import to_bytes
@@ -434,6 +437,30 @@ def test_memory_of_a_failed_call_is_freed_before_the_next():
     assert drawer([sample.Request(i, 0) for i in range(4)])[1] == [1, 1, 1, 1]
 
 
+def test_looking_at_the_folder_takes_little_of_the_time(tmp_path, monkeypatch):
+    """50,000 samples are thousands of files: counting them after each batch takes ever longer."""
+    now, looks = [0.0], []
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: now[0])
+
+    def count() -> int:
+        now[0] += 0.05
+        looks.append(now[0])
+        return 8 * len(looks)
+
+    progress = Progress(10**6, 0, shown=True)
+    try:
+        for _ in range(1000):  # batches of 0.1 s each
+            now[0] += 0.1
+            progress.look(count)
+        assert 10 <= len(looks) <= 20  # 1 % of 100 s in looks of 0.05 s
+        progress.look(count, at_once=True)
+        assert progress.reached == 8 * len(looks)
+    finally:
+        progress.close()
+    hidden = Progress(10, 0, shown=False)
+    hidden.look(lambda: pytest.fail("nobody sees it"), at_once=True)
+
+
 def partials(folder: Path) -> list[Path]:
     return list(folder.rglob("*.partial"))
 
@@ -445,6 +472,100 @@ def test_a_folder_that_cannot_be_made(own, tmp_path):
         with pytest.raises(OSError, match=f"{place}: cannot be made: "):
             draw(own, place)
     assert out.read_text() == "a file"
+
+
+@contextlib.contextmanager
+def disk(at: Path, size: str) -> Iterator[Path]:
+    """A file system of its own."""
+    at.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(at)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+class Lockable:
+    """A folder that can be made unwritable with all in it, and writable again.
+
+    Permissions do that; root writes all the same, so for it the folder is a disk of its own, which
+    is mounted read-only.
+    """
+
+    def __init__(self, at: Path) -> None:
+        self.at, self.reason = at, "Permission denied"
+        if os.geteuid() == 0:
+            self.reason = "Read-only file system"
+
+    def lock(self, shut: bool = True) -> None:
+        if os.geteuid():
+            for place in (self.at, *self.at.rglob("*")):
+                if place.is_dir():
+                    place.chmod(0o555 if shut else 0o755)
+            return
+        command = ["mount", "-o", f"remount,{'ro' if shut else 'rw'}", str(self.at)]
+        for _ in range(200):  # it is refused while a process has a file open to write
+            if not subprocess.run(command, capture_output=True).returncode:
+                return
+            time.sleep(0.01)
+        subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def lockable(tmp_path) -> Iterator[Lockable]:
+    at = tmp_path / "lockable"
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() == 0:
+            stack.enter_context(disk(at, "4m"))
+        else:
+            at.mkdir()
+        folder = Lockable(at)
+        stack.callback(folder.lock, False)
+        yield folder
+
+
+def test_a_folder_that_is_unwritable_from_the_start(own, lockable):
+    lockable.lock()
+    out = lockable.at / "out"
+    with pytest.raises(OSError, match=f"{out}: cannot be made: {lockable.reason}"):
+        draw(own, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", files.FORMATS)
+def test_a_folder_that_becomes_unwritable(kind, own, tmp_path, lockable, monkeypatch, capsys):
+    out, whole = lockable.at / "out", tmp_path / "whole"
+    draw(own, whole, "--format", kind)
+    save = files.save_batch
+
+    def save_batch(folder: Path, number: int, *of_it: object) -> None:
+        lockable.lock(number == 1)
+        save(folder, number, *of_it)
+
+    monkeypatch.setattr(files, "save_batch", save_batch)
+    name = "000004.png" if kind == "png" else f"000001.{kind}"
+    with pytest.raises(OSError, match=f"{name}: cannot be written: {lockable.reason}"):
+        draw(own, out, "--format", kind)
+    monkeypatch.undo()
+    assert partials(out) == []
+    assert files.count_done(out) == 1
+    assert contents(out).items() <= contents(whole).items()
+    lockable.lock(False)
+    assert draw(own, out, "--format", kind) == 0
+    assert "6 of them drawn now" in capsys.readouterr().out
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("kind", files.FORMATS)
+def test_a_whole_folder_may_be_unwritable(kind, own, lockable):
+    out = lockable.at / "out"
+    draw(own, out, "--format", kind)
+    before = stamps(out)
+    lockable.lock()
+    assert draw(own, out, "--format", kind) == 0
+    assert stamps(out) == before
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(own, tmp_path, monkeypatch):
@@ -471,14 +592,8 @@ def test_a_file_that_cannot_be_written_leaves_nothing(own, tmp_path, monkeypatch
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    at = tmp_path / "disk"
-    at.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(at)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield at
-    subprocess.run(["umount", str(at)], check=True)
+    with disk(tmp_path / "disk", "64k") as at:
+        yield at
 
 
 @pytest.mark.parametrize("kind", files.FORMATS)

@@ -1,6 +1,7 @@
 """`toca sample` in several processes: the same files as in one, and processes that are killed."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from test_sample import DIGITS, contents, draw, own, wrong
+from test_sample import DIGITS, contents, draw, lockable, own, wrong
 
-__all__ = ["own"]  # a fixture
+__all__ = ["lockable", "own"]  # fixtures
 
 pytestmark = pytest.mark.slow
 PACKAGE = Path(__file__).parents[1]
@@ -62,7 +63,8 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
         process.communicate()
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
 
 def options(target: str, out: Path, *argv: object) -> list[object]:
@@ -86,34 +88,37 @@ def done(out: Path) -> int:
     return len(list((out / "batches").glob("*.json")))
 
 
-def test_two_processes_draw_what_one_draws(start, tmp_path):
+def test_several_processes_draw_what_one_draws(start, tmp_path):
+    """Shares of one size and of different ones, and a last batch that is smaller."""
     for name in ("diffusers", "sklearn", "tqdm"):
         pytest.importorskip(name, reason="the digits example needs it")
-    settings = ["--count", 5, "--batch-size", 2, "--steps", 4, "--preset", "dit-ddim50"]
+    settings = ["--count", 11, "--batch-size", 2, "--steps", 4, "--preset", "dit-ddim50"]
     settings += ["--format", "npz"]
-    both, alone = tmp_path / "both", tmp_path / "alone"
-    process = start(TORCHRUN, *options(str(DIGITS), both, *settings))
-    said, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, said
-    assert said.count("5 samples, 5 of them drawn now") == 1  # by the first process
-    assert said.count("0/5") == 1
-    assert "5/5" in said  # also those of the other process
+    alone = tmp_path / "alone"
     process = start([], *options(str(DIGITS), alone, *settings))
     said, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, said
-    assert contents(both) == contents(alone)
-    assert "samples_5x32x32x3.npz" in contents(both)
+    for processes in (2, 4):
+        several = tmp_path / str(processes)
+        process = start(torchrun(processes), *options(str(DIGITS), several, *settings))
+        said, _ = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, said
+        assert said.count("11 samples, 11 of them drawn now") == 1  # by the first process
+        assert said.count("0/11") == 1
+        assert "11/11" in said  # also those of the other processes
+        assert contents(several) == contents(alone)
+    assert "samples_11x32x32x3.npz" in contents(alone)
 
 
 def test_processes_that_are_killed(start, own, tmp_path):
-    """One of them, then all of them; whoever resumes ends with the same files."""
+    """One of them, then all of them; however many resume, they end with the same files."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     draw(own, whole, "--threads", 1, "--format", "npz", count=COUNT, size=2)
     given = options(own, out, "--count", COUNT, "--batch-size", 2, "--format", "npz")
     given += ["--call", "{}"]
     wrong(own, seconds=0.4)
 
-    process = start(TORCHRUN, *given)
+    process = start(torchrun(4), *given)
     until(lambda: done(out) >= 3, process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=LIMIT)
@@ -122,9 +127,10 @@ def test_processes_that_are_killed(start, own, tmp_path):
     first = done(out)
     assert 3 <= first < COUNT // 2
 
-    process = start(TORCHRUN, *given)
+    process = start(torchrun(2), *given)
     until(lambda: done(out) >= first + 3, process)
     workers = children(process.pid)
+    assert len(workers) == 2
     for pid in (process.pid, *workers):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=LIMIT)
@@ -133,10 +139,30 @@ def test_processes_that_are_killed(start, own, tmp_path):
     assert contents(out).items() <= {**contents(whole), **partials(out)}.items()
 
     wrong(own)
-    process = start(TORCHRUN, *given)
+    process = start(torchrun(4), *given)
     said, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, said
     assert f"{COUNT} samples, {COUNT - 2 * second} of them drawn now" in said
+    assert contents(out) == contents(whole)
+
+
+def test_a_folder_that_becomes_unwritable_under_two_processes(start, own, tmp_path, lockable):
+    out, whole = lockable.at / "out", tmp_path / "whole"
+    draw(own, whole, "--threads", 1, count=COUNT, size=2)
+    given = options(own, out, "--count", COUNT, "--batch-size", 2, "--call", "{}")
+    wrong(own, seconds=0.4)
+    process = start(torchrun(2), *given)
+    until(lambda: done(out) >= 3, process)
+    lockable.lock()
+    said, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode != 0
+    told = rf"toca sample: process [01]: \S+: cannot be written: {lockable.reason}"
+    assert re.search(told, said), said
+    assert 3 <= done(out) < COUNT // 2
+    assert contents(out).items() <= {**contents(whole), **partials(out)}.items()
+    lockable.lock(False)
+    wrong(own)
+    assert draw(own, out, "--threads", 1, count=COUNT, size=2) == 0  # alone
     assert contents(out) == contents(whole)
 
 
@@ -167,7 +193,7 @@ def test_what_is_refused_is_told_once(start, own, tmp_path):
     out = tmp_path / "out"
     draw(own, out, "--threads", 1)
     given = options(own, out, "--count", 12, "--batch-size", 4, "--call", "{}")
-    process = start(TORCHRUN, *given)
+    process = start(torchrun(2), *given)
     said, _ = process.communicate(timeout=LIMIT)
     assert process.returncode != 0
     assert said.count("count: 10 there, 12 now") == 1

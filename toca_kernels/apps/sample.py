@@ -301,9 +301,8 @@ def _draw_all(job: Job, processes: World) -> None:
     before = job.batches - len(missing)
     progress = Progress(job.count, _samples(job, before), shown=first)
 
-    def look() -> None:
-        if first:
-            progress.reach(_samples(job, files.count_done(job.folder)))
+    def done() -> int:
+        return _samples(job, files.count_done(job.folder))
 
     try:
         with _prepared(job) as session:
@@ -317,9 +316,9 @@ def _draw_all(job: Job, processes: World) -> None:
                 rows, parts = drawer(requests)
                 indices = [one.index for one in requests]
                 files.save_batch(job.folder, number, job.kind, indices, rows, parts)
-                look()
-        processes.wait(look)
-        look()
+                progress.look(done)
+        processes.wait(lambda: progress.look(done))
+        progress.look(done, at_once=True)
     finally:
         progress.close()
     if first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ _SAYS_NO_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+
+_LOOK = 0.5  # seconds at least between two looks at what all processes have done,
+_LOOKS_APART = 99  # and this many times as long as the last one took: 1 % of the time at most
 
 
 class Drawer:
@@ -82,9 +86,18 @@ class Drawer:
 
 
 class Progress:
-    """Samples done, samples per second and time left, of all processes."""
+    """Samples done, samples per second and time left, of all processes.
+
+    Args:
+        total, done: samples of the run, and those that were there before.
+        shown: by this process.
+
+    Attributes:
+        reached: samples that are shown as done.
+    """
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
+        self.reached, self._next_look = done, 0.0
         self._bar: Any = None
         if shown:
             try:
@@ -97,9 +110,22 @@ class Progress:
                 total=total, initial=done, unit="sample", mininterval=every, dynamic_ncols=True
             )
 
-    def reach(self, done: int) -> None:
-        if self._bar is not None and done > self._bar.n:
-            self._bar.update(done - self._bar.n)
+    def look(self, count: Callable[[], int], *, at_once: bool = False) -> None:
+        """Show how many samples there are.
+
+        Args:
+            count: tells it; asked now and then only, for it looks through all files of a run.
+            at_once: ask it now.
+        """
+        started = time.perf_counter()
+        if self._bar is None or (started < self._next_look and not at_once):
+            return
+        done = count()
+        ended = time.perf_counter()
+        self._next_look = ended + max(_LOOK, _LOOKS_APART * (ended - started))
+        if done > self.reached:
+            self._bar.update(done - self.reached)
+            self.reached = done
 
     def close(self) -> None:
         if self._bar is not None:
