@@ -87,7 +87,7 @@ def arguments_of(args: argparse.Namespace, folder: Path, count: int) -> list[str
     given = {
         "--classes": "0-9",
         "--count": count,
-        "--preset": args.preset,
+        **({} if args.preset is None else {"--preset": args.preset}),
         "--steps": args.steps,
         "--batch-size": args.batch_size,
         "--device": "cpu",
