@@ -50,6 +50,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone")
 sys.path.insert(0, str(DIGITS))
 import digits  # noqa: E402  (lies there)
 
+PARTS = ("plain", "processes")
 POLL = 0.02  # seconds between two looks at a process
 LEFT_OUT = 0.25  # of a soak's batches: caches, arenas and libraries fill up in the first ones
 FEWEST = 12  # batches of a soak
@@ -215,7 +216,7 @@ def rows_of(
                 "preset": args.preset,
                 "rounds": len(runs),
                 "samples/s": statistics.median(run.rate for run in runs),
-                "beside": statistics.median(start),
+                "start-up s": statistics.median(start),
                 "ratio": statistics.median(ratios),
                 "overhead": 1 / statistics.median(ratios) - 1,
                 "all samples/s": [run.rate for run in runs],
@@ -233,7 +234,7 @@ COLUMNS = {
     "samples/s": ".3f",
     "ratio": ".4f",
     "overhead": ".2%",
-    "beside": ".1f",
+    "start-up s": ".1f",
 }
 
 
@@ -346,7 +347,9 @@ def report_soak(row: dict[str, Any]) -> int:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--count", type=int, default=32, help="samples of a process and a run")
+    parser.add_argument(
+        "--count", type=int, default=32, help="samples of a process in a run (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: both")
     parser.add_argument("--processes", type=int, default=2, help="of one thread (%(default)s)")
@@ -364,9 +367,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.count % args.batch_size or args.count < 2 * args.batch_size:
         parser.error(f"--count: expected two or more batches of {args.batch_size}")
     return args
-
-
-PARTS = ("plain", "processes")
 
 
 def main() -> int:
