@@ -45,14 +45,13 @@ class Joined:
             branch.learn_scores()
         return out
 
-    def copied(self, name: str, at: int, parts: Sequence[Tensor]) -> Tensor:
+    def copied(self, name: str, at: int, parts: Sequence[Tensor], dim: int) -> Tensor:
         """These parts in one piece, until a block of the same module asks again."""
-        parts = [_bytes(part) for part in parts]
-        shape = (sum(map(len, parts)), *parts[0].shape[1:])
         buffer = self._buffers.get((name, at))
-        if buffer is None or buffer.shape != shape or buffer.dtype != parts[0].dtype:
-            buffer = self._buffers[name, at] = parts[0].new_empty(shape)
-        return torch.cat(parts, out=buffer)
+        if buffer is None or buffer.shape != _shape(parts, dim) or buffer.dtype != parts[0].dtype:
+            buffer = self._buffers[name, at] = parts[0].new_empty(_shape(parts, dim))
+        torch.cat([_bytes(part) for part in parts], dim, out=_bytes(buffer))
+        return buffer
 
 
 def _join(joined: Joined, number: int, states: Sequence[BlockState]) -> BlockState:
@@ -104,43 +103,50 @@ class _Lent:
         first = self._states[0]
         for name in first.features:
             state.features[name] = self._whole(block, state, name)
-            state.every[name] = torch.cat([one.every[name] for one in self._states])
+            if name not in block.packed:
+                state.every[name] = torch.cat([one.every[name] for one in self._states])
         for name in first.scores:
             state.scores[name] = torch.cat([one.scores[name] for one in self._states])
 
     def _whole(self, block: Block, state: BlockState, name: str) -> Features:
         parts = [one.features[name] for one in self._states]
         full = state.full[block.decides(name)]
+        dim = 1 if name in block.packed else 0
         columns = list(zip(*map(tensors, parts), strict=True))
-        together = [_adjacent(column, alone=full) for column in columns]
+        together = [_adjacent(column, dim, alone=full) for column in columns]
         whole: list[Tensor] = []
         for at, (column, found) in enumerate(zip(columns, together, strict=True)):
             if found is not None:
                 whole.append(found)
             elif not full:
-                whole.append(self._joined.copied(name, at, column).view(column[0].dtype))
+                whole.append(self._joined.copied(name, at, column, dim))
             elif state.changes or isinstance(parts[0], ForecastCache):
-                whole.append(torch.cat([_bytes(one) for one in column]).view(column[0].dtype))
+                every = torch.cat([_bytes(one) for one in column], dim)
+                whole.append(every.view(column[0].dtype))
             else:
-                rows = sum(map(len, column))
-                whole.append(column[0].new_empty((rows, *column[0].shape[1:])))
+                whole.append(column[0].new_empty(_shape(column, dim)))
         features = with_tensors(parts[0], whole)
         if isinstance(features, ForecastCache):
             distances = [part.distance for part in parts if isinstance(part, ForecastCache)]
             features = features._replace(distance=torch.cat(distances))
         if None in together:
             if full:
-                self._move(block, name, columns, whole)
+                self._move(block, name, columns, whole, dim)
             else:
                 self._copied[name] = features
         return features
 
     def _move(
-        self, block: Block, name: str, columns: Sequence[Sequence[Tensor]], whole: Sequence[Tensor]
+        self,
+        block: Block,
+        name: str,
+        columns: Sequence[Sequence[Tensor]],
+        whole: Sequence[Tensor],
+        dim: int,
     ) -> None:
         """From now on the branches' features lie in one tensor."""
-        sizes = list(map(len, columns[0]))
-        pieces = zip(*(one.split(sizes) for one in whole), strict=True)
+        sizes = [one.shape[dim] for one in columns[0]]
+        pieces = zip(*(one.split(sizes, dim) for one in whole), strict=True)
         layer = block.layers[name]
         for branch, held in zip(self._joined.branches, pieces, strict=True):
             track = branch.cache.tracks[name]
@@ -195,7 +201,13 @@ def _give_rows(whole: Tensor, column: Sequence[Tensor], index: Tensor) -> None:
         _bytes(into).scatter_(1, places, part.gather(1, places))
 
 
-def _adjacent(column: Sequence[Tensor], *, alone: bool) -> Tensor | None:
+def _shape(column: Sequence[Tensor], dim: int) -> tuple[int, ...]:
+    shape = list(column[0].shape)
+    shape[dim] = sum(one.shape[dim] for one in column)
+    return tuple(shape)
+
+
+def _adjacent(column: Sequence[Tensor], dim: int, *, alone: bool) -> Tensor | None:
     """One tensor over these, if they lie behind each other; `alone`: and nothing else is there."""
     first = column[0]
     storage, end = first.untyped_storage(), first.data_ptr()
@@ -206,7 +218,7 @@ def _adjacent(column: Sequence[Tensor], *, alone: bool) -> Tensor | None:
         end += one.nbytes
     if alone and storage.nbytes() != end - first.data_ptr():
         return None
-    return first.as_strided((sum(map(len, column)), *first.shape[1:]), first.stride())
+    return first.as_strided(_shape(column, dim), first.stride())
 
 
 def _bytes(x: Tensor) -> Tensor:

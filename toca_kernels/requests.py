@@ -25,7 +25,7 @@ from .summary import Summary, summarize
 if TYPE_CHECKING:
     from .session import Session
 
-# What a model is given once for all samples, beside lists of residuals of a ControlNet.
+# What a model is given once for all samples (places of tokens also with a dimension of samples).
 _SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")
 
 
@@ -144,8 +144,9 @@ class Batches:
         try:
             out = Joined([step.branch for step in group]).forward(own, args, kwargs)
         except OtherLayout:
-            # The model packs its samples by lengths that shapes do not tell.
-            self._apart.add(group[0].branch.signature)
+            # The model packs or pads its samples by lengths that shapes do not tell.
+            if not any(step.branch.position == step.branch.adopted for step in group):
+                self._apart.add(group[0].branch.signature)
             for step in group:
                 yield step.places, step.alone(own)
             return
@@ -186,7 +187,14 @@ class _Step:
         if branch.signature in apart:
             return id(self)
         late = tuple(tuple(state.late) for state in branch.states)
-        return branch.signature, decided, late
+        packed = frozenset(name for block in branch.run.blocks for name in block.packed)
+        shapes = tuple(
+            layout.shape
+            for name, layouts in branch.cache.layout.items()
+            for layout in layouts
+            if layout is not None and name not in packed
+        )
+        return branch.signature, decided, late, shapes
 
     def alone(self, own: Callable[..., Any]) -> Any:
         """Take it by itself."""
@@ -207,30 +215,40 @@ class _Rows:
     """The arguments of a call, and what it returns, by the rows of its batch.
 
     A tensor has a row for each sample where its first dimension says so, a list where it is as
-    long; all else is every sample's.
+    long; all else is every sample's.  A mask of the prompts may serve both guidance halves.
     """
 
     def __init__(self, rows: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._rows = rows
         self._args, self._kwargs = args, kwargs
         # The hidden states come first, or are named so.
-        x = args[0] if args else next((kwargs[n] for n in ("hidden_states", "x") if n in kwargs), 0)
+        names = ("hidden_states", "x", "img")
+        x = args[0] if args else next((kwargs[name] for name in names if name in kwargs), None)
         if not isinstance(x, (Tensor, list)) or len(x) != rows:
             got = len(x) if isinstance(x, (Tensor, list)) else type(x).__name__
             raise ValueError(f"rows: expected a request for each of {got} samples, got {rows}")
 
     def take(self, places: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of some of the rows."""
-        if list(places) == list(range(self._rows)):
-            return tuple(self._args), dict(self._kwargs)
         index = torch.tensor(places)
         args = tuple(self._of("", one, index) for one in self._args)
         return args, {name: self._of(name, one, index) for name, one in self._kwargs.items()}
 
     def _of(self, name: str, value: Any, index: Tensor) -> Any:
+        every = index.tolist() == list(range(self._rows))
+
         def pick(one: Any) -> Any:
             if isinstance(one, Tensor) and one.ndim and len(one) == self._rows:
+                if every:
+                    return one
                 return one.index_select(0, index.to(one.device))
+            if (
+                isinstance(one, Tensor)
+                and "mask" in name
+                and one.ndim
+                and self._rows % len(one) == 0
+            ):
+                return one.index_select(0, index.to(one.device) % len(one))
             if isinstance(one, list):
                 return [one[place] for place in index.tolist()]
             return one
@@ -238,7 +256,9 @@ class _Rows:
         def is_batch(one: Any) -> bool:
             return isinstance(one, list) and len(one) == self._rows and "controlnet" not in name
 
-        return value if name in _SHARED else pytree.tree_map(pick, value, is_leaf=is_batch)
+        if name in _SHARED and not (isinstance(value, Tensor) and value.ndim == 3):
+            return value
+        return pytree.tree_map(pick, value, is_leaf=is_batch)
 
     def joined(self, outs: Sequence[tuple[Sequence[int], Any]]) -> Any:
         """What the groups returned, in the order of the batch."""

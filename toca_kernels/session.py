@@ -15,7 +15,7 @@ from . import models
 from .config import ToCaConfig
 from .done import Done
 from .flops import Flops
-from .graphs import StepGraphs
+from .graphs import CudaGraphs, StepGraphs
 from .plan import check_integer
 from .recorder import Recorder
 from .requests import Batch, Batches, Request

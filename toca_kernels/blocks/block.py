@@ -114,6 +114,7 @@ class Block:
             that get what these receive as scores, and the modules with as many tokens.
         mlps: the MLPs that a family composes from the ops.
         composed: whether the family composes the step at hand; then taps only pass on.
+        packed: of what is kept, that which has the rows of all samples one behind the other.
         joint: whether image and text are one sequence in all of its modules.
         never: what the settings do not cache of `layers`; such modules are full in every step.  A
             block that has any runs through taps.
@@ -144,6 +145,7 @@ class Block:
         self._hooked = False
         self._own_forward = block.forward
         self.taps = tuple(Tapped(self, tap) for tap in taps)
+        self.packed = frozenset(name for tap in taps if tap.packed for name in tap.outputs)
 
     def __deepcopy__(self, memo: object) -> Block:
         # The replaced forwards of a copy would run the modules of the original.
