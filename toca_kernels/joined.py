@@ -148,11 +148,12 @@ class _Lent:
         sizes = [one.shape[dim] for one in columns[0]]
         pieces = zip(*(one.split(sizes, dim) for one in whole), strict=True)
         layer = block.layers[name]
-        for branch, held in zip(self._joined.branches, pieces, strict=True):
+        for branch, state, held in zip(self._joined.branches, self._states, pieces, strict=True):
             track = branch.cache.tracks[name]
             features = track.features[layer]
             assert features is not None
             track.features[layer] = with_tensors(features, held)
+            state.features[name] = with_tensors(state.features[name], held)
 
     def give_back(self, block: Block, state: BlockState) -> None:
         for name, features in self._copied.items():
