@@ -156,16 +156,17 @@ def test_a_request_gives_what_it_gives_alone(model, policy, separate):
             assert requests[n].finished
 
 
-@pytest.fixture(params=[name for name in PIPELINES if name not in TWO_TRANSFORMERS])
-def stock(request):
-    return request.param, PIPELINES[request.param]
+STOCK = [(name, {}) for name in PIPELINES if name not in TWO_TRANSFORMERS]
+STOCK += [
+    (name, settings)
+    for name in ("flux_true_cfg", "pixart_alpha", "wan", "qwenimage_padded")
+    for settings in ({"selector": "random"}, {"cache_dtype": "int8"}, {"forecast": 1})
+]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"selector": "random"}, {}, {"cache_dtype": "int8"}, {"forecast": 1}], ids=str
-)
-def test_stock_pipelines_share_batches(stock, settings):
-    name, tiny = stock
+@pytest.mark.parametrize(("name", "settings"), STOCK, ids=str)
+def test_stock_pipelines_share_batches(name, settings):
+    tiny = PIPELINES[name]
     chosen = config(name, **settings)
     pipe = tiny()
     want = []
