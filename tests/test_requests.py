@@ -18,7 +18,7 @@ import toca_kernels as toca
 from models import NULL, SOURCES, call_model, guided, timesteps, tiny_model
 from pipelines import PIPELINES
 from published import noise
-from serving import serve
+from server import serve
 from test_families import close, config
 
 TWO_TRANSFORMERS = {"wan22"}
