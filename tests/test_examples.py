@@ -127,3 +127,23 @@ def test_a_script_says_what_is_missing(name, tmp_path, monkeypatch):
         argv[3] = str(weights / "model.pth")
     with pytest.raises(SystemExit, match="no working checkout"):
         module.main(argv)
+
+
+def test_the_server_draws_what_lone_runs_draw(monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    monkeypatch.syspath_prepend(FOLDER / "digits")
+    serve = importlib.import_module("serve")
+    model = serve.load_model()
+    orders = [serve.Order(3, 6, seed=0), serve.Order(5, 4, seed=1, arrives=1)]
+    orders += [serve.Order(7, 5, seed=2, arrives=2), serve.Order(1, 4, seed=3, arrives=9)]
+    with toca.enabled(model, toca.ToCaConfig.preset("dit-ddim50")) as session:
+        drawn = serve.serve(model, orders, capacity=2, session=session)
+    untouched = serve.serve(model, orders, capacity=3)
+    assert set(drawn) == set(untouched) == set(orders)
+    for order in orders:
+        given = {"num_steps": order.steps, "noise": order.noise(), "progress": False}
+        label = torch.tensor([order.label])
+        assert torch.allclose(untouched[order], serve.sample(model, label, **given), atol=1e-4)
+        with toca.enabled(model, toca.ToCaConfig.preset("dit-ddim50"), num_steps=order.steps):
+            alone = serve.sample(model, label, **given)
+        assert torch.allclose(drawn[order], alone, atol=1e-4)

@@ -5,6 +5,7 @@ reach every kernel and are what compute-sanitizer looks at (benchmarks/gpu.sh). 
 from the oracle, on the CPU.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -753,3 +754,33 @@ def test_a_cached_step_is_one_graph_for_the_compiler():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(x, compiled_cache).cpu(), expected.cpu())
     assert_same_bits(compiled_cache.cpu(), expected_cache.cpu())
+
+
+@pytest.mark.parametrize("preset", ["dit-ddim50", "forecast"])
+def test_real_requests_at_different_steps_share_batches(preset):
+    config = toca.ToCaConfig.preset(preset, selector="random")  # none that are all but equal
+    model = random_dit("S", depth=3).to("cuda", torch.float32)
+    noise = torch.randn(4, 4, 32, 32, device="cuda")
+    labels = torch.arange(4, device="cuda")
+
+    def step(rows, t, batch):
+        times = torch.tensor(t, device="cuda")
+        with batch:
+            x[rows] -= 0.1 * model(x[rows], times, labels[rows])[:, :4]
+
+    x = noise.clone()
+    with toca.enabled(model, config) as session:
+        requests = [session.request(num_steps=8) for _ in range(4)]
+        for tick in range(11):
+            rows = [n for n in range(4) if n <= tick < n + 8]
+            step(
+                rows,
+                [900.0 - 100 * (tick - n) for n in rows],
+                session.batch([requests[n] for n in rows]),
+            )
+    together, x = x, noise.clone()
+    for n in range(4):
+        with toca.enabled(model, config, num_steps=8):
+            for tick in range(8):
+                step([n], [900.0 - 100 * tick], contextlib.nullcontext())
+    torch.testing.assert_close(together, x, rtol=1e-3, atol=1e-3)

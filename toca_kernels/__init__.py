@@ -20,6 +20,7 @@ from .ops import (
     store_rows,
 )
 from .plan import Plan
+from .requests import Request
 from .room import CacheTooLarge
 from .session import Session, disable, enable, enabled
 from .summary import Summary
@@ -32,6 +33,7 @@ __all__ = [
     "ForecastCache",
     "Plan",
     "QuantizedCache",
+    "Request",
     "Selection",
     "Session",
     "Summary",

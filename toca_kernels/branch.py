@@ -41,11 +41,12 @@ class Branch:
         self._before = Done()  # of steps on other inputs
         self.cache: TokenCache = None  # type: ignore[assignment]  # made by the first step
         self.discovering = False  # whether the step at hand shows what the outputs look like
-        self._signature: Hashable = None
+        self.signature: Hashable = None
         self.adopted = position
         self._now: float | None = None
         self.call: ModelCall = None  # type: ignore[assignment]  # of the step at hand
         self.forced = False
+        self.states: list[BlockState] = []  # of the step at hand, one for each block
         self._plan: Plan
         self._modulation = ModulationTable(run)
 
@@ -61,15 +62,19 @@ class Branch:
         if self.first is None:
             self.first = timestep
         self._modulation.leave_track(self.position, timestep)
-        if self.cache is None or signature != self._signature:
+        if self.cache is None or signature != self.signature:
             self.adopt(signature)  # the call holds its text: no other gets its address
-        self.decide()
+        try:
+            self.decide()
+        except BaseException:
+            self.abort()
+            raise
 
     def adopt(self, signature: Hashable) -> None:
         """Take a cache for inputs like this call's."""
         cache = self.run.cache_for(signature, self.call.timestep.device)  # refused: as it was
         self._before, self.done = self.done, Done()
-        self._signature = signature
+        self.signature = signature
         self.adopted = self.position
         self._modulation.clear()
         self.cache = cache
@@ -108,11 +113,9 @@ class Branch:
             if self.position > self.adopted and (self.fused or not self.done.full_steps()[-1]):
                 self._modulation.make(self.position, self._now, self.call, self.cache, self._plan)
                 self.done.table_bytes = self._modulation.nbytes
-        self._place()
+        self.states = self._states()
         if self.run.config.residual_threshold is not None:
-            state = self.run.blocks[0].state
-            assert state is not None
-            state.watch = self.watch
+            self.states[0].watch = self.watch
 
     def _first_full(self, tables: Mapping[str, BoolTable]) -> dict[str, BoolTable]:
         """The same with the first block in full: what it adds tells whether the step is cached."""
@@ -140,7 +143,8 @@ class Branch:
             track.forget_selection()
             if name in done:
                 track.young(done[name])
-        self._place(first=1)
+        self.states[1:] = self._states()[1:]
+        self.place()
 
     def _rows_of(self, name: str, full: BoolTable) -> list[int]:
         """k of a module in each layer; all tokens where that takes no longer than k."""
@@ -151,13 +155,18 @@ class Branch:
             k = np.where(k > 0, N, k)
         return k.tolist()
 
-    def _place(self, first: int = 0) -> None:
-        """Tell every block from the first one on what to do."""
-        modulation = self._modulation.look_up(self.position, self._now, self.call, self.cache)
-        for number, block in enumerate(self.run.blocks[first:], first):
-            state = self._state(block)
-            state.modulation = modulation[number] if modulation else None
+    def place(self) -> None:
+        """Tell every block what to do."""
+        for block, state in zip(self.run.blocks, self.states, strict=True):
             block.place(state)
+
+    def _states(self) -> list[BlockState]:
+        """What every block is to do."""
+        modulation = self._modulation.look_up(self.position, self._now, self.call, self.cache)
+        states = [self._state(block) for block in self.run.blocks]
+        for state, row in zip(states, modulation or (), strict=False):
+            state.modulation = row
+        return states
 
     def _state(self, block: Block) -> BlockState:
         done = self.done.full[-1]
@@ -194,21 +203,25 @@ class Branch:
 
         None where the step is not known before the model is called, or Python reads from it.
         """
-        if self.discovering or self.run.record_selections:
+        if self.run.record_selections or self.chooser.shares:
             return None
-        if self.run.config.residual_threshold is not None or self.chooser.shares:
+        decided = self.decided()
+        return None if decided is None else (self.cache.number, decided)
+
+    def decided(self) -> Hashable | None:
+        """What the step does, whatever cache it does it with; None where that is not known yet."""
+        if self.discovering or self.run.config.residual_threshold is not None:
             return None
         full, k = self.done.full[-1], self.done.k[-1]
         decided = tuple((name, tuple(full[name]), tuple(k[name])) for name in full)
-        states = [block.state for block in self.run.blocks if block.state]
         scores = tuple(
             (state.selector, state.changes, *(state.valid.values() if state.changes else ()))
-            for state in states
+            for state in self.states
         )
         computed = tuple(
             tuple(track.computed) for track in self.cache.tracks.values() if track.forecast
         )
-        return self.cache.number, decided, scores, computed, states[0].modulation is None
+        return decided, scores, computed, self.states[0].modulation is None
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -216,20 +229,25 @@ class Branch:
         self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """The selection of all layers, then the model's own forward: what a graph records."""
+        self.choose()
+        self.place()
+        out = own(*args, **kwargs)
+        self.learn_scores()
+        return out
+
+    def choose(self) -> None:
+        """Before the model is called: the selections that wait for none of its scores."""
         if not self.discovering:
             self.chooser.select()
-        out = own(*args, **kwargs)
-        states = [block.state for block in self.run.blocks if block.state]
-        if any(state.selector or state.changes for state in states):
+
+    def learn_scores(self) -> None:
+        """After it: scores and selections that it has left behind."""
+        if any(state.selector or state.changes for state in self.states):
             self.chooser.rank()
-        for block in self.run.blocks:
-            state = block.state
-            if state is None:
-                continue
+        for block, state in zip(self.run.blocks, self.states, strict=True):
             for name in state.late:
                 track = self.cache.tracks[name]
                 track.note(block.layers[name], state.index[name], state.inverse[name])
-        return out
 
     # --- after a step ---------------------------------------------------------------------------
 
@@ -237,6 +255,7 @@ class Branch:
         """The step is done: count it."""
         if self.discovering:
             self._discovered()
+        self.states = []
         done, cache = self.done, self.cache
         for name, full in done.full[-1].items():
             cache.tracks[name].ran(full)
@@ -264,7 +283,7 @@ class Branch:
                 f"model: expected a step to call {', '.join(missing)} of its blocks, it did not"
             )
         self.discovering = False
-        self.run.remember(self._signature, self.cache.layout)
+        self.run.remember(self.signature, self.cache.layout)
         self._learn()
         self.done.k.append(
             {name: [self.done.tokens[name]] * layers for name, layers in self.run.layers.items()}
@@ -327,6 +346,7 @@ class Branch:
 
     def abort(self) -> None:
         """The step did not finish: nothing it left behind may be read."""
+        self.states = []
         del self.done.k[len(self.done.seconds) :], self.done.full[len(self.done.seconds) :]
         if self.cache is not None:
             self.cache.invalidate()

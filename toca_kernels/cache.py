@@ -441,6 +441,15 @@ def tensors(features: Features | None) -> tuple[Tensor, ...]:
     return () if features is None else (features,)
 
 
+def with_tensors(features: Features, held: Sequence[Tensor]) -> Features:
+    """The same kind of features in other tensors, in the order of `tensors`."""
+    if isinstance(features, QuantizedCache):
+        return QuantizedCache(*held)
+    if isinstance(features, ForecastCache):
+        return features._replace(values=held[0], slopes=tuple(held[1:]))
+    return held[0]
+
+
 def rank(into: Tensor, scores: Sequence[Tensor], offset: float) -> None:
     """A selector's scores as they rank, normalised to length 1 over the tokens.
 

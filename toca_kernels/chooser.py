@@ -175,9 +175,7 @@ class Chooser:
             elif track.forecast:
                 track.grow(self.branch.done.full[-1][name])
         compiling = "torch._dynamo" in sys.modules
-        for block in self.run.blocks:
-            state = block.state
-            assert state is not None
+        for block, state in zip(self.run.blocks, self.branch.states, strict=True):
             for name in block.modules:
                 track, layer = self.branch.cache.tracks[name], block.layers[name]
                 if state.full[name] or not track.selects or name in state.late:
@@ -207,11 +205,10 @@ class Chooser:
             if self.selector.source == "drawn":
                 self.selector.draw(track.score, self._random(track.score.device))
             self.branch.cache.nan += track.select(cached, k, **settings)
-        for block in self.run.blocks:
+        for block, state in zip(self.run.blocks, self.branch.states, strict=True):
             layer = block.layers.get(name)
             if layer is not None and late[layer]:
-                assert block.state is not None
-                block.state.late[name] = Late(
+                state.late[name] = Late(
                     tuple(scores[layer] for scores in self._scores(name)),
                     self._offset,
                     track.score[layer],

@@ -7,6 +7,7 @@ run begins and which guidance branch a call belongs to.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import time
 from collections import Counter
@@ -180,6 +181,45 @@ class Run:
         for branch in self.branches.values():
             branch.release()
 
+    def another(self, num_steps: int, timesteps: Sequence[float] | None) -> Run:
+        """A run of its own on the same blocks, whose branches are named by whoever calls.
+
+        What is learnt of layouts and plans, all of them know.
+        """
+        other = copy.copy(self)
+        other.num_steps, other.timesteps = num_steps, list(timesteps or ())
+        other.announced, other.ticks, other.graphs = False, 0, None
+        other._branches, other._kept = {}, {}
+        other._make_plan(num_steps, dict.fromkeys(self.layers, 4096))
+        return other
+
+    def enter(self, name: str, call: ModelCall, signature: Hashable) -> Branch:
+        """The next step of the branch of this name; what it does is decided then.
+
+        The first branch leads: one that is new takes the step that the first has just taken.
+        """
+        branch = self._branches.get(name)
+        if branch is not None and branch.position >= (self.num_steps or 0):
+            raise ValueError(
+                f"request: expected at most {self.num_steps} steps, its number, got one more"
+            )
+        timestep = _read(call.timestep)
+        if branch is None:
+            leader = next(iter(self._branches.values()), None)
+            if leader is None:
+                self._prepare()
+            position = 0 if leader is None else max(leader.position - 1, 0)
+            branch = Branch(self, position, None if leader is None else leader.first)
+            if leader is not None and self.config.share_cfg_selection:
+                branch.chooser.follow(leader.chooser)
+            self.branches = {**self._branches, name: branch}
+        branch.enter(call, timestep, signature)
+        return branch
+
+    def _prepare(self) -> None:
+        for block in self.blocks:
+            block.prepare(prepack=self.config.prepack)
+
     def plan(self, tokens: Mapping[str, int]) -> Plan:
         assert self.num_steps is not None
         key = (self.num_steps, tuple(tokens.items()))
@@ -194,6 +234,23 @@ class Run:
         for block in self.blocks:
             block.check(plan, partial=self.config.self_attention == "partial")
         return plan
+
+    def selections(self) -> list[Tensor | None]:
+        """The tokens that each step recomputed, of the branch that opened last.
+
+        None for a full step, else (layers, B, N) bool: of the MLP, or of the first module of the
+        model that selects.
+        """
+        recorded = self._recorded()
+        return [None if step is None else next(iter(step.values()), None) for step in recorded]
+
+    def selections_of(self, module: str) -> list[Tensor | None]:
+        """`selections` of a module, by its name in the plan."""
+        return [None if step is None else step[module] for step in self._recorded()]
+
+    def _recorded(self) -> list[dict[str, Tensor] | None]:
+        branches = list(self._branches.values())
+        return branches[-1].done.selections if branches else []
 
     def cache_for(self, signature: Hashable, device: torch.device) -> TokenCache:
         """A cache for calls of this signature; where steps are replayed, an earlier run's if free.
@@ -241,25 +298,41 @@ class Run:
         kwargs: dict[str, Any],
     ) -> object:
         """Run the model's own forward as the next step of the branch that `call` belongs to."""
-        signature = self._signature(args, kwargs)
-        branch = self._branch(call, signature)
+        branch = self._branch(call, self.signature(args, kwargs))
         started = time.perf_counter()
+        out = self.take_step(branch, forward, args, kwargs)
+        self.leave(branch, time.perf_counter() - started)
+        return out
+
+    def take_step(
+        self, branch: Branch, forward: Callable[..., object], args: Any, kwargs: Any
+    ) -> object:
+        """The model's own forward as the step that a branch has entered."""
         try:
-            out = self._forward(branch, forward, args, kwargs)
+            return self._forward(branch, forward, args, kwargs)
         except OtherLayout:
-            # Lengths that masks tell and shapes do not: those of an earlier run do not hold.
-            if branch.discovering or branch.position != branch.adopted:
-                raise
-            self._layouts.pop(signature, None)
-            self._kept.pop(signature, None)
-            branch.adopt(signature)
-            branch.decide()
-            out = self._forward(branch, forward, args, kwargs)
-        branch.leave(time.perf_counter() - started)
+            self.look_anew(branch)
+            return self._forward(branch, forward, args, kwargs)
+
+    def look_anew(self, branch: Branch) -> None:
+        """Lengths that masks tell and shapes do not: those of an earlier run do not hold.
+
+        Called while the step's `OtherLayout` is handled, which is raised again where the branch
+        has begun to read its cache.
+        """
+        if branch.discovering or branch.position != branch.adopted:
+            raise
+        self._layouts.pop(branch.signature, None)
+        self._kept.pop(branch.signature, None)
+        branch.adopt(branch.signature)
+        branch.decide()
+
+    def leave(self, branch: Branch, seconds: float) -> None:
+        """A branch's step is done."""
+        branch.leave(seconds)
         # A branch that fell behind belongs to a run that was broken off in its first step, or to
         # guidance that ended early.
         self.branches = {k: b for k, b in self.branches.items() if branch.position - b.position < 2}
-        return out
 
     def _forward(
         self, branch: Branch, forward: Callable[..., object], args: Any, kwargs: Any
@@ -279,7 +352,7 @@ class Run:
             for block in self.blocks:
                 block.place(None)
 
-    def _signature(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    def signature(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
         """All that the shapes and dtypes of the modules' outputs depend on."""
         inputs = [
             (tuple(leaf.shape), leaf.dtype, leaf.device)
@@ -341,8 +414,7 @@ class Run:
                     position, first = other.position - bool(peers), other.first
                     break
         if position == 0:
-            for block in self.blocks:
-                block.prepare(prepack=self.config.prepack)
+            self._prepare()
         if position == 0 and counted and self.ticks < (self.num_steps or 0):
             position = self.ticks  # of a second model, which takes over in the middle of a run
         branch = Branch(self, position, first)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +16,12 @@ from .config import ToCaConfig
 from .done import Done
 from .flops import Flops
 from .graphs import CudaGraphs, StepGraphs
-from .plan import check_integer, module_kind
+from .plan import check_integer
 from .recorder import Recorder
+from .requests import Batch, Batches, Request
 from .run import Run, check_mask
 from .scheduler import Follower
-from .summary import Summary
+from .summary import Summary, summarize
 
 _ATTRIBUTE = "_toca_session"
 
@@ -52,6 +53,9 @@ class Session:
         self._blocks = self._adapter.blocks()
         self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask)
         self._run.graphs = self._graphs = graphs
+        self._batches = Batches()
+        self._batch: Batch | None = None
+        self._requests: weakref.WeakSet[Request] = weakref.WeakSet()
         self.others: list[Session] = []
         self.grids: Mapping[str, tuple[int, ...]] = {}  # of the last call's tokens
         # Beneath the hook that accelerate's offloading puts on and takes off in every run.
@@ -79,6 +83,9 @@ class Session:
         call = self._adapter.call(*args, **kwargs)
         if call is None:
             return self._own_forward(*args, **kwargs)
+        if self._batch is not None:
+            with torch.no_grad():
+                return self._batches.call(self._batch, self._own_forward, args, kwargs)
         self.grids = call.grids
         with torch.no_grad():  # cached features carry no gradient: none is promised
             self._follower.look()
@@ -114,21 +121,83 @@ class Session:
         None for a full step, else (layers, B, N) bool: of the MLP, or of the first module of the
         model that selects; `selections_of` tells of the others.
         """
-        branches = list(self._run.branches.values())
-        recorded = branches[-1].done.selections if branches else []
-        return [None if step is None else next(iter(step.values()), None) for step in recorded]
+        return self._run.selections()
 
     def selections_of(self, module: str) -> list[Tensor | None]:
         """`selections` of a module, by its name in the plan."""
-        branches = list(self._run.branches.values())
-        recorded = branches[-1].done.selections if branches else []
-        return [None if step is None else step[module] for step in recorded]
+        return self._run.selections_of(module)
 
     def reset(self) -> None:
         """Forget the run under way: the next call of the model is the first step of a new one."""
         self._run.branches = {}
         for other in self.others:
             other.reset()
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def request(
+        self, *, num_steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None
+    ) -> Request:
+        """A run of its own, whose steps are taken in batches with those of others.
+
+        Args:
+            num_steps: of this run, one call of the model each (of each guidance branch); None is
+                what the model was enabled with.
+            timesteps: of this run, as `enable` takes them.
+
+        Raises:
+            ValueError: the number of steps is not known, or the settings do not fit it; steps that
+                are replayed as CUDA graphs, or a pipeline with two transformers.
+        """
+        if self._graphs is not None:
+            raise ValueError("request: expected a model enabled without cuda_graph, got one with")
+        if self.others:
+            raise ValueError(
+                f"request: expected a pipeline with one transformer, got {1 + len(self.others)}"
+            )
+        num_steps, steps = _steps(num_steps, timesteps)
+        if num_steps is None:
+            num_steps, steps = self._run.num_steps, self._run.timesteps
+        if num_steps is None:
+            raise ValueError("num_steps: expected the number of steps of the request, got None")
+        request = Request(self, self._run.another(num_steps, steps))
+        request.record_selections = self.record_selections
+        self._requests.add(request)
+        return request
+
+    @contextmanager
+    def batch(self, rows: Sequence[Request], *, branch: str = "") -> Iterator[None]:
+        """Calls of the model in this with block are steps of these requests.
+
+            a, b = session.request(num_steps=50), session.request(num_steps=20)
+            with session.batch([a, b]):
+                noise = model(x, t, y)  # a row of x, t and y for each, t at its own timestep
+
+        A request takes one step in each call, through its own plan and with its own caches: it
+        gives what it gives alone, up to the rounding of matrix products of another shape.
+
+        Args:
+            rows: the request of each row of the batch; both guidance halves name it twice.
+            branch: where guidance comes in calls of its own, a name for each, called in the same
+                order in every step; the first one leads.
+
+        Raises:
+            ValueError: by the call: another number of samples, a request that is finished,
+                timesteps that differ within one.
+        """
+        if self._batch is not None:
+            raise ValueError("batch: expected no other with block of batch() around it")
+        batch = Batch(rows, branch)
+        strangers = [one for one in batch.places if one not in self._requests]
+        if strangers:
+            raise ValueError(
+                f"rows: expected requests of this session, got {len(strangers)} of another"
+            )
+        self._batch = batch
+        try:
+            yield
+        finally:
+            self._batch = None
 
     # --- patching ---------------------------------------------------------------------------
 
@@ -170,6 +239,8 @@ class Session:
             self._undo.pop()()
         self.model.__dict__.pop(_ATTRIBUTE, None)
         self._run.release()
+        for request in self._requests:
+            request.close()
         if self._graphs is not None:
             self._graphs.release()
         for block in self._blocks:
@@ -195,57 +266,24 @@ class Session:
         Raises:
             RuntimeError: no step has been run yet.
         """
-        runs = [
-            (session, [b for b in session._run.branches.values() if b.done.seconds])
-            for session in (self, *self.others)
-        ]
-        runs = [(session, branches) for session, branches in runs if branches]
-        if not runs:
-            raise RuntimeError("summary: no step has been run yet")
-        branches = [branch for _, some in runs for branch in some]
-        done = [branch.done for branch in branches]
-        counts = [s._flops(branch.done) for s, some in runs for branch in some]
-        graphs = [s._graphs for s, _ in runs if s._graphs is not None]
-        seconds = sum(sum(d.seconds) for d in done)
-        # Branches run side by side, models one after the other.
-        steps = sum(max(len(b.done.seconds) for b in some) for _, some in runs)
-        full_steps = sum(max(sum(b.done.full_steps()) for b in some) for _, some in runs)
-        flops_full, flops_done = sum(c.full for c in counts), sum(c.done for c in counts)
-        return Summary(
-            steps=steps,
-            full_steps=full_steps,
-            cached_steps=steps - full_steps,
-            tokens_recomputed=sum(_mlp_tokens(d, d.plan().k) for d in done),
-            tokens_total=sum(_mlp_tokens(d, d.every()) for d in done),
-            flops_full=flops_full,
-            flops_done=flops_done,
-            flops_ratio=flops_full / flops_done,
-            seconds=seconds,
-            speedup_estimate=_speedup(done, seconds),
-            cache_bytes=sum(d.cache_bytes for d in done),
-            modulation_bytes=sum(d.table_bytes for d in done),
-            packed_bytes=sum(block.packed_nbytes for s, _ in runs for block in s._blocks),
-            other_bytes=sum(d.other_bytes for d in done),
-            nan_scores=sum(branch.nan_scores for branch in branches),
-            cache_error=max(branch.cache_error for branch in branches),
-            graphs=sum(map(len, graphs)),
-            graph_bytes=sum(one.nbytes for one in graphs),
-            graph_fallback="; ".join(one.fallback for one in graphs if one.fallback),
-        )
+        return summarize([(one, one._run) for one in (self, *self.others)])
 
     def _flops(self, done: Done) -> Flops:
         return self._adapter.flops(done.plan(), done.batch)
 
 
-def _mlp_tokens(done: Done, k: Mapping[str, Any]) -> int:
-    """Tokens in the MLPs, of all samples, layers and steps."""
-    return sum(done.batch[name] * int(k[name].sum()) for name in k if module_kind(name) == "mlp")
-
-
-def _speedup(done: Sequence[Done], seconds: float) -> float:
-    full = [s for d in done for s, f in zip(d.seconds, d.full_steps(), strict=True) if f]
-    steps = sum(len(d.seconds) for d in done)
-    return float(np.mean(full)) * steps / seconds if full and seconds > 0 else 1.0
+def _steps(
+    num_steps: int | None, timesteps: Sequence[float] | Tensor | None
+) -> tuple[int | None, list[float] | None]:
+    """Both as plain numbers, checked against each other."""
+    if num_steps is not None:
+        num_steps = check_integer("num_steps", num_steps, low=1)
+    if timesteps is None:
+        return num_steps, None
+    numbers = torch.as_tensor(timesteps).flatten().tolist()
+    if num_steps is not None and len(numbers) != num_steps:
+        raise ValueError(f"timesteps: expected {num_steps}, got {len(numbers)}")
+    return len(numbers), numbers
 
 
 def enable(
@@ -289,13 +327,7 @@ def enable(
         raise ValueError(f"config: expected a ToCaConfig, got {type(config).__name__}")
     if any(_ATTRIBUTE in model.__dict__ for model in found):
         raise ValueError("model: expected one that is not enabled, got one that already is")
-    if num_steps is not None:
-        num_steps = check_integer("num_steps", num_steps, low=1)
-    if timesteps is not None:
-        timesteps = torch.as_tensor(timesteps).flatten().tolist()
-        num_steps = len(timesteps) if num_steps is None else num_steps
-        if len(timesteps) != num_steps:
-            raise ValueError(f"timesteps: expected {num_steps}, got {len(timesteps)}")
+    num_steps, timesteps = _steps(num_steps, timesteps)
     for model in found:
         if getattr(model, "_cache_config", None) is not None:
             raise ValueError(

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .done import Done
+from .plan import module_kind
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .session import Session
 
 
 @dataclass(frozen=True)
@@ -76,3 +87,58 @@ class Summary:
         if self.nan_scores:
             lines.append(f"WARNING     {self.nan_scores} scores were NaN")
         return "\n".join(lines)
+
+
+def summarize(taken: Sequence[tuple[Session, Run]]) -> Summary:
+    """What these runs did, one after the other.
+
+    Raises:
+        RuntimeError: no step has been run yet.
+    """
+    runs = [
+        (session, [b for b in run.branches.values() if b.done.seconds]) for session, run in taken
+    ]
+    runs = [(session, branches) for session, branches in runs if branches]
+    if not runs:
+        raise RuntimeError("summary: no step has been run yet")
+    branches = [branch for _, some in runs for branch in some]
+    done = [branch.done for branch in branches]
+    counts = [session._flops(branch.done) for session, some in runs for branch in some]
+    graphs = [session._graphs for session, _ in runs if session._graphs is not None]
+    seconds = sum(sum(d.seconds) for d in done)
+    # Branches run side by side, models one after the other.
+    steps = sum(max(len(b.done.seconds) for b in some) for _, some in runs)
+    full_steps = sum(max(sum(b.done.full_steps()) for b in some) for _, some in runs)
+    flops_full, flops_done = sum(c.full for c in counts), sum(c.done for c in counts)
+    return Summary(
+        steps=steps,
+        full_steps=full_steps,
+        cached_steps=steps - full_steps,
+        tokens_recomputed=sum(_mlp_tokens(d, d.plan().k) for d in done),
+        tokens_total=sum(_mlp_tokens(d, d.every()) for d in done),
+        flops_full=flops_full,
+        flops_done=flops_done,
+        flops_ratio=flops_full / flops_done,
+        seconds=seconds,
+        speedup_estimate=_speedup(done, seconds),
+        cache_bytes=sum(d.cache_bytes for d in done),
+        modulation_bytes=sum(d.table_bytes for d in done),
+        packed_bytes=sum(block.packed_nbytes for session, _ in runs for block in session._blocks),
+        other_bytes=sum(d.other_bytes for d in done),
+        nan_scores=sum(branch.nan_scores for branch in branches),
+        cache_error=max(branch.cache_error for branch in branches),
+        graphs=sum(map(len, graphs)),
+        graph_bytes=sum(one.nbytes for one in graphs),
+        graph_fallback="; ".join(one.fallback for one in graphs if one.fallback),
+    )
+
+
+def _mlp_tokens(done: Done, k: Mapping[str, Any]) -> int:
+    """Tokens in the MLPs, of all samples, layers and steps."""
+    return sum(done.batch[name] * int(k[name].sum()) for name in k if module_kind(name) == "mlp")
+
+
+def _speedup(done: Sequence[Done], seconds: float) -> float:
+    full = [s for d in done for s, f in zip(d.seconds, d.full_steps(), strict=True) if f]
+    steps = sum(len(d.seconds) for d in done)
+    return float(np.mean(full)) * steps / seconds if full and seconds > 0 else 1.0

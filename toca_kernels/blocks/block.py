@@ -114,6 +114,7 @@ class Block:
             that get what these receive as scores, and the modules with as many tokens.
         mlps: the MLPs that a family composes from the ops.
         composed: whether the family composes the step at hand; then taps only pass on.
+        packed: of what is kept, that which has the rows of all samples one behind the other.
         joint: whether image and text are one sequence in all of its modules.
         never: what the settings do not cache of `layers`; such modules are full in every step.  A
             block that has any runs through taps.
@@ -144,6 +145,7 @@ class Block:
         self._hooked = False
         self._own_forward = block.forward
         self.taps = tuple(Tapped(self, tap) for tap in taps)
+        self.packed = frozenset(name for tap in taps if tap.packed for name in tap.outputs)
 
     def __deepcopy__(self, memo: object) -> Block:
         # The replaced forwards of a copy would run the modules of the original.
@@ -181,6 +183,22 @@ class Block:
         """Cache nothing of these modules of the plan, nor what is kept beside them."""
         beside = (one.tap.names for one in self.taps if one.tap.decides in modules)
         self.never = frozenset(modules) | {name for names in beside for name in names}
+
+    def decides(self, name: str) -> str:
+        """The module of the plan whose full steps are those of what is kept as `name`."""
+        if name in self.modules:
+            return name
+        return next(one.tap.decides for one in self.taps if name in one.tap.names)
+
+    def rewrites(self, state: BlockState, name: str) -> Tensor | None:
+        """index (B, k) of the rows of `name` that a cached step has written; None if none."""
+        index = state.index.get(name)
+        for tap in (one.tap for one in self.taps):
+            if tap.queries and name == tap.entropy and state.refreshes:
+                index = state.index.get(tap.selection)
+            if tap.rowwise and name in tap.kept_keys and state.partial:
+                index = state.index.get(tap.outputs[0])
+        return None if index is None or index.shape[1] == 0 else index
 
     def scoring(self, selector: str) -> list[tuple[str, str]]:
         """(module that leaves scores, module whose tokens they rank)."""

@@ -46,6 +46,7 @@ class Tap:
         take: (positional arguments, what the call returned) -> the tensors to keep.
         rowwise: of an attention, whether it treats every token alike but for what it attends to: no
             rotary embedding.  Then it can be recomputed for some of them.
+        packed: whether the rows of all samples follow each other, (1, their sum, C): texts.
         on_rows: called for "rows" instead of the module: (selected rows, selected rows of the
             modules `beside`, ...) -> their outputs.
     """
@@ -59,6 +60,7 @@ class Tap:
     queries: tuple[str, ...] = ()
     take: Callable[[tuple[Any, ...], Any], tuple[Tensor, ...]] = _outputs
     rowwise: bool = False
+    packed: bool = False
     on_rows: Callable[..., Tensor] | None = None
     beside: tuple[str, ...] = ()
 

@@ -34,7 +34,10 @@ def serial(
     taps = [Tap(attn, (a,), keys=keys, rowwise=rowwise), Tap(mlp, (m,), "rows")]
     if cross is not None:
         taps.append(Tap(cross, (c,), "rows", queries=(*selecting, a) if rowwise else selecting))
-        taps += [Tap(getattr(cross, n), (f"{prefix}text_{n}",), follows=c) for n in text]
+        taps += [
+            Tap(getattr(cross, n), (f"{prefix}text_{n}",), follows=c, packed=n == "kv_linear")
+            for n in text
+        ]
     return taps
 
 
