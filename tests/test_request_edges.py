@@ -243,3 +243,23 @@ def _staggered(model, session):
     out = [step(model, session, [a])]
     out += [step(model, session, [b, a], 500.0 - n) for n in range(5)]
     return torch.cat(out)
+
+
+def test_masks_of_their_own(model):
+    masks = [torch.rand(64, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    settings = SETTINGS.replace(selector="mask", age_weight=0.0)
+    with toca.enabled(model, settings, num_steps=2, mask=masks[0]) as session:
+        a, b = session.request(), session.request(mask=masks[1])
+        for one in (a, b):
+            one.record_selections = True
+        for _ in range(2):
+            step(model, session, [a, b])
+        k = int(0.3 * 64)
+        for one, mask in zip((a, b), masks, strict=True):
+            chosen = one.selections[1][0, 0].nonzero().flatten()
+            assert sorted(chosen.tolist()) == sorted(mask.topk(k).indices.tolist())
+    with (
+        toca.enabled(model, SETTINGS, num_steps=2) as session,
+        pytest.raises(ValueError, match="expected a model enabled with selector='mask'"),
+    ):
+        session.request(mask=masks[0])

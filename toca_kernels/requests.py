@@ -55,6 +55,15 @@ class Request:
         return self.position >= self.num_steps
 
     @property
+    def mask(self) -> Tensor | None:
+        """The weights of its tokens, for selector="mask"; set before its first step."""
+        return self._run.mask
+
+    @mask.setter
+    def mask(self, value: Tensor) -> None:
+        self._run.set_mask(value)
+
+    @property
     def record_selections(self) -> bool:
         return self._run.record_selections
 

@@ -99,7 +99,7 @@ class Run:
                 "what modules return, got 'fused'"
             )
         if mask is not None:
-            check_mask(mask)
+            _check_mask(mask)
         if (mask is None) != (selector.source != "given"):
             raise ValueError(
                 "mask: expected the weights of the tokens with selector='mask', and none with "
@@ -215,6 +215,13 @@ class Run:
             self.branches = {**self._branches, name: branch}
         branch.enter(call, timestep, signature)
         return branch
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Other weights of the tokens, from the next run on."""
+        if self.mask is None:
+            raise ValueError("mask: expected a model enabled with selector='mask' and a mask")
+        _check_mask(mask)
+        self.mask = mask
 
     def _prepare(self) -> None:
         for block in self.blocks:
@@ -457,7 +464,7 @@ class Run:
         return direction != 0 and (timestep - branch.last) * direction < 0
 
 
-def check_mask(mask: object) -> None:
+def _check_mask(mask: object) -> None:
     """Refuse what cannot be the weights of tokens."""
     if not isinstance(mask, Tensor) or mask.ndim not in (1, 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

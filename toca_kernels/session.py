@@ -19,7 +19,7 @@ from .graphs import CudaGraphs, StepGraphs
 from .plan import check_integer
 from .recorder import Recorder
 from .requests import Batch, Batches, Request
-from .run import Run, check_mask
+from .run import Run
 from .scheduler import Follower
 from .summary import Summary, summarize
 
@@ -107,10 +107,7 @@ class Session:
 
     @mask.setter
     def mask(self, value: Tensor) -> None:
-        if self._run.mask is None:
-            raise ValueError("mask: expected a model enabled with selector='mask' and a mask")
-        check_mask(value)
-        self._run.mask = value
+        self._run.set_mask(value)
         for other in self.others:
             other.mask = value
 
@@ -136,7 +133,11 @@ class Session:
     # --- requests ---------------------------------------------------------------------------
 
     def request(
-        self, *, num_steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None
+        self,
+        *,
+        num_steps: int | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Request:
         """A run of its own, whose steps are taken in batches with those of others.
 
@@ -144,10 +145,12 @@ class Session:
             num_steps: of this run, one call of the model each (of each guidance branch); None is
                 what the model was enabled with.
             timesteps: of this run, as `enable` takes them.
+            mask: the weights of its tokens, as `enable` takes them; None: those of the session.
 
         Raises:
-            ValueError: the number of steps is not known, or the settings do not fit it; steps that
-                are replayed as CUDA graphs, or a pipeline with two transformers.
+            ValueError: the number of steps is not known, the settings do not fit it, a mask where
+                no selector asks for one; steps that are replayed as CUDA graphs, or a pipeline with
+                two transformers.
         """
         if self._graphs is not None:
             raise ValueError("request: expected a model enabled without cuda_graph, got one with")
@@ -161,6 +164,8 @@ class Session:
         if num_steps is None:
             raise ValueError("num_steps: expected the number of steps of the request, got None")
         request = Request(self, self._run.another(num_steps, steps))
+        if mask is not None:
+            request.mask = mask
         request.record_selections = self.record_selections
         self._requests.add(request)
         return request
