@@ -26,7 +26,7 @@ LAYERS = [
     ["scheduler"],
     ["memory"],
     ["run"],
-    ["joined"],
+    ["joined", "steps"],
     ["branch"],
     ["chooser", "modulation", "room"],
     ["done"],

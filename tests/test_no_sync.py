@@ -16,7 +16,10 @@ STEP_PATH = sorted(
     [
         *(PACKAGE / "triton").glob("*.py"),
         *(PACKAGE / "blocks").glob("*.py"),
-        *(PACKAGE / name for name in ("branch.py", "cache.py", "graphs.py", "run.py")),
+        *(
+            PACKAGE / f"{name}.py"
+            for name in ("branch", "cache", "graphs", "joined", "requests", "run", "steps")
+        ),
     ]
 )
 
@@ -30,12 +33,15 @@ EXCEPTIONS = {
     ("branch.py", "_rows_of"): "tables of the plan, which are NumPy's",
     ("branch.py", "decide"): "tables of the plan, which are NumPy's",
     ("blocks/block.py", "check"): "tables of the plan, which are NumPy's",
-    ("run.py", "_read"): "timesteps, after a return for every device but the CPU",
-    ("run.py", "_branch_key"): "labels, where they are on the CPU",
+    ("steps.py", "read_timestep"): "timesteps, after a return for every device but the CPU",
+    ("steps.py", "_branch_key"): "labels, where they are on the CPU",
     ("branch.py", "nan_scores"): "NaNs so far, when a user asks for the summary",
     ("branch.py", "_relative"): "sums of errors, once a run or when a user asks for the summary",
     ("branch.py", "release"): "NaNs and strayed timesteps, once a run, after its last step",
-    ("run.py", "_open"): "Python's own numbers",
+    ("steps.py", "_open"): "Python's own numbers",
+    ("requests.py", "_of"): "numbers of rows, which are on the CPU",
+    ("requests.py", "pick"): "numbers of rows, which are on the CPU",
+    ("requests.py", "joined"): "numbers of rows, which are on the CPU",
     ("cache.py", "drifted"): "the first block's drift, once a step and only with a gate",
     ("blocks/block.py", "added"): "which stream is which, with a gate and streams of one length",
 }

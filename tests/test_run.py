@@ -26,7 +26,8 @@ from models import (
     tiny_model,
     tiny_pipeline,
 )
-from toca_kernels import ToCaConfig, run
+from toca_kernels import ToCaConfig
+from toca_kernels import steps as finding
 from toca_kernels.blocks import row_mlp
 
 CONFIG = ToCaConfig(interval=3, fresh_ratio=0.3, grid=2, bonus=0.6)
@@ -554,9 +555,9 @@ def test_weights_changed_after_a_broken_first_step_are_read_anew(model):
 @pytest.fixture
 def counted(monkeypatch):
     """As on a GPU, where reading them would wait for the device: calls are counted."""
-    monkeypatch.setattr(run, "_read", lambda timestep: None)
+    monkeypatch.setattr(finding, "read_timestep", lambda timestep: None)
     monkeypatch.setattr(
-        run, "_branch_key", lambda call: (call.labels.data_ptr(), tuple(call.labels.shape))
+        finding, "_branch_key", lambda call: (call.labels.data_ptr(), tuple(call.labels.shape))
     )
 
 

@@ -20,6 +20,7 @@ from .blocks.block import OtherLayout
 from .branch import Branch
 from .joined import Joined
 from .run import Run
+from .steps import enter_named
 from .summary import Summary, summarize
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class _Step:
         if call is None:
             raise ValueError("request: expected a call that is one of a run's steps, got another")
         signature = self.run.signature(self.args, self.kwargs)
-        self.branch = self.run.enter(name, call, signature)
+        self.branch = enter_named(self.run, name, call, signature)
 
     def choose(self, apart: Collection[Hashable]) -> Hashable:
         """Select its tokens; returns what steps must have in common to be taken together."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import steps
 from .blocks.block import Block, OtherLayout
 from .branch import Branch
 from .cache import Layout, TokenCache
@@ -193,29 +194,6 @@ class Run:
         other._make_plan(num_steps, dict.fromkeys(self.layers, 4096))
         return other
 
-    def enter(self, name: str, call: ModelCall, signature: Hashable) -> Branch:
-        """The next step of the branch of this name; what it does is decided then.
-
-        The first branch leads: one that is new takes the step that the first has just taken.
-        """
-        branch = self._branches.get(name)
-        if branch is not None and branch.position >= (self.num_steps or 0):
-            raise ValueError(
-                f"request: expected at most {self.num_steps} steps, its number, got one more"
-            )
-        timestep = _read(call.timestep)
-        if branch is None:
-            leader = next(iter(self._branches.values()), None)
-            if leader is None:
-                self._prepare()
-            position = 0 if leader is None else max(leader.position - 1, 0)
-            branch = Branch(self, position, None if leader is None else leader.first)
-            if leader is not None and self.config.share_cfg_selection:
-                branch.chooser.follow(leader.chooser)
-            self.branches = {**self._branches, name: branch}
-        branch.enter(call, timestep, signature)
-        return branch
-
     def set_mask(self, mask: Tensor) -> None:
         """Other weights of the tokens, from the next run on."""
         if self.mask is None:
@@ -223,7 +201,8 @@ class Run:
         _check_mask(mask)
         self.mask = mask
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Before a run: look again at modules that may have been replaced or changed."""
         for block in self.blocks:
             block.prepare(prepack=self.config.prepack)
 
@@ -305,7 +284,7 @@ class Run:
         kwargs: dict[str, Any],
     ) -> object:
         """Run the model's own forward as the next step of the branch that `call` belongs to."""
-        branch = self._branch(call, self.signature(args, kwargs))
+        branch = steps.enter(self, call, self.signature(args, kwargs))
         started = time.perf_counter()
         out = self.take_step(branch, forward, args, kwargs)
         self.leave(branch, time.perf_counter() - started)
@@ -373,96 +352,6 @@ class Run:
         inference = torch.is_inference_mode_enabled()  # what it makes cannot be written outside
         return tuple(inputs), weight.dtype, weight.device, autocast, inference
 
-    def _branch(self, call: ModelCall, signature: Hashable) -> Branch:
-        if self.num_steps is None:
-            raise ValueError(
-                "num_steps: expected the number of sampling steps, as enable(..., num_steps=50); "
-                "only a pipeline's scheduler can tell it"
-            )
-        # Where a scheduler announces every run, models of text are counted: their timesteps are
-        # scaled and rounded on the way (two of FLUX in bfloat16 can be equal).
-        counted = self.announced and call.text is not None
-        timestep = None if counted else _read(call.timestep)
-        key = self._key(call, timestep)
-        branch = self.branches.get(key)
-        if branch is None or self._restarts(branch, timestep):
-            branch = self._open(key, timestep, counted=counted)
-        if branch.position >= self.num_steps:
-            raise ValueError(
-                f"num_steps: expected a run of {self.num_steps} steps, got one more, at timestep "
-                f"{timestep}; enable with the number of steps that you sample"
-            )
-        if counted and self.ticks and not branch.position <= self.ticks < self.num_steps:
-            raise ValueError(
-                f"scheduler: expected the one that announced this run, which has taken "
-                f"{self.ticks} of {self.num_steps} steps, to lead step {branch.position}; another "
-                "pipeline around this model is followed after `import toca_kernels.diffusers`, "
-                "a scheduler of your own after `pipe.scheduler = scheduler`"
-            )
-        if call.text == () and timestep is not None and timestep == branch.last:
-            raise ValueError(
-                "guidance: expected both halves in one batch, as this model's own samplers have "
-                f"it, got a second call at timestep {timestep}"
-            )
-        branch.text_at = _branch_key(call)
-        branch.enter(call, timestep, signature)
-        return branch
-
-    def _open(self, key: object, timestep: float | None, *, counted: bool) -> Branch:
-        """A new branch: of a new run, of the step at hand, or in the place of one that changed."""
-        others = {k: b for k, b in self.branches.items() if k != key}
-        peers = {k: b for k, b in others.items() if b.ran(timestep)}
-        position, first = 0, None
-        if key not in self.branches:
-            # Without peers, the labels or the batch changed in the middle of a run: it goes on
-            # where it was, with a full step, because this branch has nothing cached.
-            for other in peers.values() or others.values():
-                if peers or not self._restarts(other, timestep):
-                    position, first = other.position - bool(peers), other.first
-                    break
-        if position == 0:
-            self._prepare()
-        if position == 0 and counted and self.ticks < (self.num_steps or 0):
-            position = self.ticks  # of a second model, which takes over in the middle of a run
-        branch = Branch(self, position, first)
-        if peers and self.config.share_cfg_selection:
-            branch.chooser.follow(next(iter(peers.values())).chooser)
-        self.branches = {**peers, key: branch}
-        return branch
-
-    def _key(self, call: ModelCall, timestep: float | None) -> object:
-        """What tells guidance branches apart: the labels, or where they or the text live.
-
-        A text that was copied on its way to the model (to another device, by offloading hooks) is
-        known by what it says.
-        """
-        key = _branch_key(call)
-        if call.text is None:
-            return key
-        for known, branch in self.branches.items():
-            if branch.text_at == key:
-                return known
-        for known, branch in self.branches.items():
-            if not branch.ran(timestep) and branch.has_text(call.text):
-                return known
-        return object()  # an address that was another text's before tells nothing
-
-    def _restarts(self, branch: Branch, timestep: float | None) -> bool:
-        """Whether this call starts a new run of the branch rather than its next step."""
-        if branch.position == 0:  # its first step was not finished
-            return True
-        if timestep is None:
-            return branch.position >= (self.num_steps or 0)
-        coming = self.timesteps[branch.position :][:1]
-        if coming == [timestep]:  # announced, so it need not be monotone
-            return False
-        if timestep == branch.first:
-            return True
-        if branch.last is None or branch.first is None:
-            return False
-        direction = branch.last - branch.first
-        return direction != 0 and (timestep - branch.last) * direction < 0
-
 
 def _check_mask(mask: object) -> None:
     """Refuse what cannot be the weights of tokens."""
@@ -476,31 +365,3 @@ def _eager() -> contextlib.AbstractContextManager[object]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-def _read(timestep: Tensor) -> float | None:
-    """The timestep as a number, where reading it does not wait for a device."""
-    if not isinstance(timestep, Tensor):
-        return float(timestep)
-    if timestep.device.type != "cpu" or timestep.numel() == 0:
-        return None
-    values = timestep.flatten()
-    if (values != values[0]).any():
-        raise ValueError(
-            f"timestep: expected one timestep for the whole batch, got {values.unique().tolist()}"
-        )
-    return float(values[0])
-
-
-def _branch_key(call: ModelCall) -> object:
-    """What tells guidance branches apart: the labels, or where they or the text live."""
-    labels = call.labels
-    if labels is not None and labels.device.type == "cpu":
-        return tuple(labels.flatten().tolist())
-    texts = pytree.tree_leaves(call.text if labels is None else labels)
-    return tuple((text.data_ptr(), _version(text), tuple(text.shape)) for text in texts)
-
-
-def _version(tensor: Tensor) -> int:
-    """Changes where a tensor is written to; inference tensors do not count that."""
-    return 0 if tensor.is_inference() else tensor._version
