@@ -21,7 +21,9 @@ from .blocks.block import Block, OtherLayout
 from .branch import Branch
 from .cache import Layout, TokenCache
 from .config import ToCaConfig
+from .copies import CudaCopies
 from .models.adapter import Adapter, ModelCall
+from .offload import Offload
 from .plan import Plan, cached_layers, module_kind
 from .room import CacheTooLarge, require
 from .selectors import SELECTORS
@@ -63,6 +65,7 @@ class Run:
         self.record_selections = False
         self.mask = mask
         self.graphs: Graphs | None = None
+        self.loan: Offload | None = None  # where caches do not lie at hand
         self._branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
         self.keeps = self._keeps()
@@ -179,6 +182,21 @@ class Run:
         self._kept.clear()
         for branch in self.branches.values():
             branch.release()
+        if self.loan is not None:
+            self.loan.release()
+
+    def _loan_on(self, device: torch.device) -> Offload | None:
+        """What brings caches that lie in host memory to a device; None where they are at hand."""
+        if self.config.cache_device is None or device.type in ("cpu", "meta"):
+            return self.loan
+        if device.type != "cuda":
+            raise ValueError(
+                f"cache_device: expected None for a model on {device}, got 'cpu', which copies on "
+                "CUDA streams"
+            )
+        if self.loan is None or self.loan.copies.device != device:
+            self.loan = Offload(CudaCopies(device))
+        return self.loan
 
     def plan(self, tokens: Mapping[str, int]) -> Plan:
         assert self.num_steps is not None
@@ -207,6 +225,7 @@ class Run:
                 cache.invalidate()
                 return cache
         config = self.config
+        loan = self._loan_on(device)
         cache = TokenCache(
             self.kept_layers,
             device,
@@ -221,6 +240,7 @@ class Run:
             cache_dtype=config.cache_dtype,
             forecast=config.forecast,
             shared=config.share_cfg_selection,
+            home=None if loan is None else loan.slabs(),
         )
         cache.see(self._layouts.get(signature, {}))
         require(self, cache, device)
@@ -259,6 +279,8 @@ class Run:
         # A branch that fell behind belongs to a run that was broken off in its first step, or to
         # guidance that ended early.
         self.branches = {k: b for k, b in self.branches.items() if branch.position - b.position < 2}
+        if self.loan is not None and all(b.cache is None for b in self.branches.values()):
+            self.loan.release()  # the run is over
         return out
 
     def _forward(
@@ -276,6 +298,8 @@ class Run:
                 branch.release()  # else what fits of it would lie there
             raise
         finally:
+            if self.loan is not None:
+                self.loan.rest()
             for block in self.blocks:
                 block.place(None)
 

@@ -231,6 +231,8 @@ class Session:
             graphs=sum(map(len, graphs)),
             graph_bytes=sum(one.nbytes for one in graphs),
             graph_fallback="; ".join(one.fallback for one in graphs if one.fallback),
+            host_bytes=sum(d.host_bytes for d in done),
+            working_bytes=sum(s._run.loan.most for s, _ in runs if s._run.loan is not None),
         )
 
     def _flops(self, done: Done) -> Flops:
@@ -287,6 +289,11 @@ def enable(
     config = ToCaConfig.preset("forecast") if config is None else config
     if not isinstance(config, ToCaConfig):
         raise ValueError(f"config: expected a ToCaConfig, got {type(config).__name__}")
+    if cuda_graph and config.cache_device is not None:
+        raise ValueError(
+            "cuda_graph: expected False with cache_device='cpu': its copies run beside a step on "
+            "streams of their own, which no record of the step holds, got True"
+        )
     if any(_ATTRIBUTE in model.__dict__ for model in found):
         raise ValueError("model: expected one that is not enabled, got one that already is")
     if num_steps is not None:
