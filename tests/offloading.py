@@ -10,6 +10,7 @@ wait for what computes in its buffer is found by clocks, because here that has a
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,29 +46,34 @@ class StandIn:
     """`Copies` on the CPU.
 
     Attributes:
-        deaf: lanes that wait for no mark; what computes is one of them, as None.
-        made: copies that were made, by lane.
-        buffers: what there is of them, in bytes: now and at the most.
+        deaf: (who, to what) does not wait as it is told: a lane or "computes", to marks after
+            "computes" or after "copies".
+        asked, made: copies, by lane.
+        buffers: what was handed out, and may be gone.
     """
 
-    deaf: frozenset[Lane | None] = frozenset()
+    deaf: frozenset[tuple[Lane | str, str]] = frozenset()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    asked: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
     made: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
 
     def __post_init__(self) -> None:
         self.now = 0
-        self.seen = 0  # the latest mark that the copies which computing has waited for had seen
         self.last: dict[Lane, Job] = {}
         self.held: list[Tensor] = []  # buffers that a block computes with
         self.used: dict[tuple[int, int], int] = {}  # (first, stop) address -> mark after its use
-        self.bytes: dict[int, int] = {}
-        self.most = 0
+        self.buffers: list[weakref.ref[Tensor]] = []
+        self.homes: list[weakref.ref[Tensor]] = []
 
     def pinned(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        home = torch.empty(nbytes, dtype=torch.uint8)
+        self.homes.append(weakref.ref(home.untyped_storage()))
+        return home
 
     def buffer(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        self.buffers.append(weakref.ref(buffer.untyped_storage()))
+        return buffer
 
     def mark(self) -> int:
         self.now += 1
@@ -77,13 +83,12 @@ class StandIn:
         return self.now
 
     def wait(self, mark: Any) -> None:
-        if isinstance(mark, Job) and None not in self.deaf:
+        if isinstance(mark, Job) and ("computes", "copies") not in self.deaf:
             self._make(mark)
 
-    def copy(
-        self, lane: Lane, pairs: Sequence[tuple[Tensor, Tensor]], after: Sequence[Any]
-    ) -> Job:
-        after = [] if lane in self.deaf else list(after)
+    def copy(self, lane: Lane, pairs: Sequence[tuple[Tensor, Tensor]], after: Sequence[Any]) -> Job:
+        self.asked[lane] += 1
+        after = [mark for mark in after if (lane, _kind(mark)) not in self.deaf]
         jobs = [mark for mark in after if isinstance(mark, Job)]
         if lane in self.last:
             jobs.append(self.last[lane])
@@ -125,6 +130,7 @@ class StandIn:
                 into.copy_(source)
                 if one.lane is Lane.OUT:
                     spoil(source)
+            one.pairs = []
 
 
 class Watched(Offload):
@@ -165,6 +171,10 @@ def spoil(buffer: Tensor) -> None:
         buffer.fill_(float("nan"))
     else:
         buffer.view(torch.uint8).fill_(0x7F)  # of an fp8 value NaN, of an int8 one the largest
+
+
+def _kind(mark: Any) -> str:
+    return "copies" if isinstance(mark, Job) else "computes"
 
 
 def _span(buffer: Tensor) -> tuple[int, int]:

@@ -92,7 +92,7 @@ class Track:
 
     def hold(self, layer: int, layout: Layout) -> Features:
         """The buffers of a layer that is kept, made where there are none."""
-        B, N, C = layout.shape
+        B, N, _ = layout.shape
         if (self.selects or self.forecast) and self.age.numel() == 0:
             self.hold_scores(B, N, layout.device)
         self.layouts[layer] = layout
@@ -153,14 +153,18 @@ class Track:
 
     def to_come(self) -> int:
         """Bytes that are not allocated yet, where layers not seen are like one that was."""
-        known = self.layout
-        total = 0 if self.age.numel() else self.all_scores_nbytes(known)
+        return self.scores_to_come() + sum(map(self.layer_nbytes, self.layers_to_come()))
+
+    def scores_to_come(self) -> int:
+        """The same of scores, ages and distances alone."""
+        return 0 if self.age.numel() else self.all_scores_nbytes(self.layout)
+
+    def layers_to_come(self) -> Iterator[Layout]:
+        """Of the layers whose features are not allocated yet."""
         layers = zip(self.layouts, self.features, self.keeps, strict=True)
-        return total + sum(
-            self.layer_nbytes(layout or known)
-            for layout, features, kept in layers
-            if kept and features is None
-        )
+        for layout, features, kept in layers:
+            if kept and features is None:
+                yield layout or self.layout
 
     @property
     def score_nbytes(self) -> int:

@@ -121,9 +121,9 @@ class ToCaConfig:
         cache_dtype: "int8" or "fp8" (e4m3) keep cached outputs in 8 bits with one scale for each
             token, half the memory of bfloat16; None keeps the model's dtype.
         cache_device: "cpu" keeps cached outputs in pinned host memory; while a block computes, what
-            the next one will read is copied to the GPU, which holds those of two blocks. Results are
-            the same to the bit. None keeps them where the model computes; on a CPU that is all the
-            same. Not with `cuda_graph=True`.
+            the next one will read is copied to the GPU, which has room for those of two blocks.
+            The results are the same. None keeps them where the model computes; for a model on a
+            CPU that is all the same. Not with `cuda_graph=True`.
         prepack: weights are laid out once for the backend that reads them; False reads them as
             they are, which saves the copy.
         seed: of the "random" selector.
@@ -351,7 +351,8 @@ class ToCaConfig:
             dtype: of the hidden states; None takes that of the blocks' weights.
             branches: guidance branches in calls of their own, each with a cache.
             device: what the model will run on; None takes where it is. Weights are packed on a
-                CPU alone, so a model on the meta device has none unless this says "cpu".
+                CPU alone, so a model on the meta device has none unless this says "cpu"; nor does
+                `cache_device` change anything there.
 
         Returns:
             A `Memory`: its `cache_bytes` are exact, the others to a few percent. The layers'

@@ -116,6 +116,11 @@ class Slabs:
         return tensor
 
 
+def meta_slabs() -> Slabs:
+    """Slabs of which only the size is asked."""
+    return Slabs(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+
+
 def slab_size(nbytes: int) -> int:
     """Of the powers of two that hold one to eight or more tensors of a size, that which wastes
     least."""

@@ -21,7 +21,7 @@ from .blocks.block import Block, OtherLayout
 from .branch import Branch
 from .cache import Layout, TokenCache
 from .config import ToCaConfig
-from .copies import CudaCopies
+from .copies import CudaCopies, Slabs, meta_slabs
 from .models.adapter import Adapter, ModelCall
 from .offload import Offload
 from .plan import Plan, cached_layers, module_kind
@@ -185,18 +185,20 @@ class Run:
         if self.loan is not None:
             self.loan.release()
 
-    def _loan_on(self, device: torch.device) -> Offload | None:
-        """What brings caches that lie in host memory to a device; None where they are at hand."""
-        if self.config.cache_device is None or device.type in ("cpu", "meta"):
-            return self.loan
-        if device.type != "cuda":
+    def _home_of_caches(self, device: torch.device) -> Slabs | None:
+        """Host memory for a cache of what a device computes; None where it lies on the device."""
+        if self.config.cache_device is None:
+            return None
+        if device.type == "meta":  # an estimate
+            return meta_slabs()
+        if device.type not in ("cpu", "cuda"):
             raise ValueError(
                 f"cache_device: expected None for a model on {device}, got 'cpu', which copies on "
                 "CUDA streams"
             )
-        if self.loan is None or self.loan.copies.device != device:
+        if device.type == "cuda" and (self.loan is None or self.loan.copies.device != device):
             self.loan = Offload(CudaCopies(device))
-        return self.loan
+        return None if self.loan is None else self.loan.slabs()
 
     def plan(self, tokens: Mapping[str, int]) -> Plan:
         assert self.num_steps is not None
@@ -225,7 +227,6 @@ class Run:
                 cache.invalidate()
                 return cache
         config = self.config
-        loan = self._loan_on(device)
         cache = TokenCache(
             self.kept_layers,
             device,
@@ -240,7 +241,7 @@ class Run:
             cache_dtype=config.cache_dtype,
             forecast=config.forecast,
             shared=config.share_cfg_selection,
-            home=None if loan is None else loan.slabs(),
+            home=self._home_of_caches(device),
         )
         cache.see(self._layouts.get(signature, {}))
         require(self, cache, device)
