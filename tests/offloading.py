@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,13 @@ class Job:
     """A copy that was asked for.
 
     Attributes:
+        pairs: into and from; buffers of the device by a reference that does not keep them.
         before: the copies that it waits for.
         computed: the mark of what computes that it waits for, itself or through other copies.
     """
 
     lane: Lane
-    pairs: list[tuple[Tensor, Tensor]]
+    pairs: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]]
     before: list[Job]
     computed: int
     done: bool = False
@@ -101,7 +102,10 @@ class StandIn:
             assert into.is_contiguous()
             assert source.is_contiguous()
             self._check(into if lane is Lane.IN else source, computed)
-        job = self.last[lane] = Job(lane, list(pairs), jobs, computed)
+        kept, lent = (lambda tensor: lambda: tensor), _weakly
+        ends = (lent, kept) if lane is Lane.IN else (kept, lent)
+        made = [(ends[0](into), ends[1](source)) for into, source in pairs]
+        job = self.last[lane] = Job(lane, made, jobs, computed)
         return job
 
     def _check(self, buffer: Tensor, computed: int) -> None:
@@ -127,9 +131,9 @@ class StandIn:
             one.done, one.before = True, []
             self.made[one.lane] += 1
             for into, source in one.pairs:
-                into.copy_(source)
+                into().copy_(source())
                 if one.lane is Lane.OUT:
-                    spoil(source)
+                    spoil(source())
             one.pairs = []
 
 
@@ -171,6 +175,20 @@ def spoil(buffer: Tensor) -> None:
         buffer.fill_(float("nan"))
     else:
         buffer.view(torch.uint8).fill_(0x7F)  # of an fp8 value NaN, of an int8 one the largest
+
+
+def _weakly(buffer: Tensor) -> Callable[[], Tensor]:
+    """The tensor, as long as somebody else keeps its memory."""
+    storage = weakref.ref(buffer.untyped_storage())
+    first, shape, dtype = buffer.storage_offset(), buffer.shape, buffer.dtype
+
+    def found() -> Tensor:
+        memory = storage()
+        assert memory is not None, "copied from or to memory that was let go of"
+        flat = torch.empty(0, dtype=dtype).set_(memory, first, (shape.numel(),))
+        return flat.view(shape)
+
+    return found
 
 
 def _kind(mark: Any) -> str:

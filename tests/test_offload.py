@@ -165,7 +165,6 @@ def test_interrupted_runs(settings):
 
     for block in model.blocks:
         block.mlp.register_forward_pre_hook(break_off)
-    # A cached step does not call its MLPs: those of the ops do not count.
 
     def draw():
         nonlocal calls, broken
@@ -180,6 +179,47 @@ def test_interrupted_runs(settings):
         return torch.stack([*found, part, sample(model, DIT_STEPS)])
 
     both(model, CONFIG.replace(**CACHES[settings]), draw, num_steps=DIT_STEPS)
+
+
+@pytest.mark.parametrize("settings", ["plain", "forecast 1"])
+def test_one_branch_is_interrupted_and_the_other_goes_on(settings):
+    model = tiny_dit()
+    calls = 0
+
+    def break_off(module, args):
+        nonlocal calls
+        calls += 1
+        if calls in (5, 26, 38):
+            raise Broken
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(break_off)
+
+    def noise(x, t, labels):
+        try:
+            return model(x, t, labels)[:, :4]
+        except Broken:
+            return torch.zeros_like(x)
+
+    def predict(model, x, t, labels):
+        return noise(x, t, labels) + noise(x, t, labels + 1)
+
+    def draw():
+        nonlocal calls
+        calls = 0
+        return torch.stack([sample(model, DIT_STEPS, predict=predict) for _ in range(3)])
+
+    both(model, CONFIG.replace(**CACHES[settings]), draw, num_steps=DIT_STEPS)
+    assert calls > 38
+    handle.remove()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("settings", ["plain", "forecast 1"])
+def test_few_blocks(depth, settings):
+    """What the step before has written is read from home again while it is hardly there."""
+    model = tiny_dit(depth=depth)
+    chosen = CONFIG.replace(**CACHES[settings])
+    both(model, chosen, lambda: sample(model, DIT_STEPS), num_steps=DIT_STEPS)
 
 
 def test_blocks_that_do_not_run_in_turn():
@@ -376,6 +416,7 @@ def test_compiled_blocks(settings):
         block.compile(backend="aot_eager")
     chosen = CONFIG.replace(**CACHES[settings])
     both(model, chosen, lambda: sample(model, DIT_STEPS), num_steps=DIT_STEPS)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
