@@ -108,6 +108,11 @@ class StandIn:
         job = self.last[lane] = Job(lane, made, jobs, computed)
         return job
 
+    def finish(self) -> None:
+        """Everything that was asked for, as a device does for a host that waits for it."""
+        for job in self.last.values():
+            self._make(job)
+
     def _check(self, buffer: Tensor, computed: int) -> None:
         first, stop = _span(buffer)
         for one in self.held:
@@ -117,6 +122,7 @@ class StandIn:
             if first < end and start < stop:
                 assert mark <= computed, "copied without waiting for what computes with it"
 
+    @torch.inference_mode()  # in which tensors made outside and inside of it may be written
     def _make(self, job: Job) -> None:
         waiting = [job]
         while waiting:  # not by calls: a lane is long

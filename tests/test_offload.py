@@ -13,6 +13,7 @@ from models import sample, separate_guidance, timesteps, tiny_dit
 from offloading import StandIn, offloaded
 from pipelines import PIPELINES
 from test_families import PUBLISHED, config
+from toca_kernels.apps.measuring.watch import Watch
 from toca_kernels.blocks.block import Block
 from toca_kernels.copies import ALIGNMENT, CudaCopies, Lane, Slabs, slab_size
 
@@ -49,9 +50,10 @@ def both(thing, chosen, draw, **given):
 def test_stock_pipelines(name):
     tiny = PIPELINES[name]
     pipe = tiny()
-    for settings in CACHES.values():
+    for settings in ("plain", "int8", "forecast 2"):
         interval = {"interval": 2} if name == "wan22" else {}  # two models share the steps
-        both(pipe, config(name, **(settings | interval)), lambda: tiny.call(pipe, STEPS))
+        chosen = config(name, **(CACHES[settings] | interval))
+        both(pipe, chosen, lambda: tiny.call(pipe, STEPS))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -131,6 +133,27 @@ def test_runs_of_other_sizes_by_turns():
         return torch.cat([*found, sample(model, DIT_STEPS).flatten()])
 
     both(model, CONFIG.replace(forecast=1), draw, num_steps=DIT_STEPS)
+
+
+def test_inference_mode_by_turns():
+    """What it makes cannot be written outside of it."""
+    model = tiny_dit()
+    calls = 0
+
+    def predict(model, x, t, labels):
+        nonlocal calls
+        calls += 1
+        with torch.inference_mode(calls % 5 < 2):
+            return model(x, t, labels)[:, :4].clone()
+
+    def draw():
+        nonlocal calls
+        calls = 0
+        with torch.inference_mode():
+            first = sample(model, DIT_STEPS, predict=predict)
+        return first.clone()
+
+    both(model, CONFIG, draw, num_steps=DIT_STEPS)
 
 
 def test_guidance_branches_of_other_sizes():
@@ -295,8 +318,11 @@ def test_the_next_blocks_caches_are_on_their_way_while_a_block_computes(monkeypa
                 return own(self, state, args, kwargs)
 
             monkeypatch.setattr(kind, "compose", compose)
+    before = []
+    model.x_embedder.register_forward_hook(lambda *_: before.append(copies.asked[Lane.IN]))
     with offloaded(model, CONFIG, copies, num_steps=3):
         sample(model, 3)
+    assert before == [0, 2, 8]  # the first block's are on their way before there is any
     # Six copies home of the full step; a cached step reads two modules of each block and writes
     # one.  Each block has its own and the next one's, and the last one all.
     first = {Lane.IN: 4, Lane.OUT: 6}, {Lane.IN: 6, Lane.OUT: 7}, {Lane.IN: 6, Lane.OUT: 8}
@@ -366,6 +392,25 @@ def test_a_session_goes_with_its_model():
     assert gone() is None
 
 
+def test_cached_outputs_can_be_looked_at():
+    """As `toca tune` does, after a step: they are at home."""
+    model = tiny_dit()
+    found = []
+    with Watch(model, toca.enable(model, CONFIG, num_steps=4)).watching() as watch:
+        sample(model, 4)
+        found.append(watch.outputs)
+    toca.disable(model)
+    copies = StandIn()
+    with offloaded(model, CONFIG, copies, num_steps=4) as session:
+        watch = Watch(model, session)
+        watch._synchronize = copies.finish
+        with watch.watching():
+            sample(model, 4)
+            found.append(watch.outputs)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(one, found[1][at]) for at, one in found[0].items())
+
+
 # --- settings --------------------------------------------------------------------------------
 
 
@@ -408,14 +453,12 @@ def _fresh_compiler():
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("settings", ["plain", "forecast 1"])
-def test_compiled_blocks(settings):
+def test_compiled_blocks():
     """Their graphs break where caches come and go."""
     model = tiny_dit()
     for block in model.blocks:
         block.compile(backend="aot_eager")
-    chosen = CONFIG.replace(**CACHES[settings])
-    both(model, chosen, lambda: sample(model, DIT_STEPS), num_steps=DIT_STEPS)
+    both(model, CONFIG, lambda: sample(model, STEPS), num_steps=STEPS)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4
 
 
