@@ -143,7 +143,7 @@ def test_inference_mode_by_turns():
     def predict(model, x, t, labels):
         nonlocal calls
         calls += 1
-        with torch.inference_mode(calls % 5 < 2):
+        with torch.inference_mode(calls % 5 > 1):
             return model(x, t, labels)[:, :4].clone()
 
     def draw():

@@ -66,7 +66,7 @@ class CudaCopies:
 
     def pinned(self, nbytes: int) -> Tensor:
         # torch keeps it for later requests, and hands it out again only after copies that use it.
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)

@@ -106,11 +106,8 @@ class Offload:
             self.release()
             return
         size = max(map(size_of, states))
-        mode = torch.is_inference_mode_enabled()  # what it makes cannot be written outside
-        for one in self._sets:
-            memory = one.memory
-            if memory is None or memory.numel() < size or memory.is_inference() != mode:
-                self.release()
+        if any(one.memory is None or one.memory.numel() < size for one in self._sets):
+            self.release()
         for one in self._sets:
             if one.memory is None:
                 one.memory = self.copies.buffer(size)
