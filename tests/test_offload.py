@@ -99,6 +99,13 @@ def test_settings_of_dit(settings):
         both(model, CONFIG.replace(**SETTINGS[settings]), draw, num_steps=DIT_STEPS)
 
 
+def test_a_mask():
+    model = tiny_dit()
+    chosen = CONFIG.replace(selector="mask")
+    draw = functools.partial(sample, model, DIT_STEPS)
+    both(model, chosen, draw, num_steps=DIT_STEPS, mask=torch.rand(64))
+
+
 @pytest.mark.parametrize("settings", ["plain", "forecast 2"])
 def test_partial_attention_of_pixart(settings):
     module = importlib.import_module("published.pixart")
