@@ -41,6 +41,7 @@ CUSTOM = ToCaConfig(
     seed=7,
     self_attention="partial",
     cache_dtype="int8",
+    cache_device="cpu",
     residual_threshold=0.1,
     fresh_every=2,
 )
@@ -176,6 +177,7 @@ def test_preset_without_fresh_tokens_has_a_fixed_period() -> None:
         ({"forecast": 3}, "forecast: expected an order of 0, 1 or 2, got 3"),
         ({"forecast": 1.0}, "forecast: expected an integer >= 0, got 1.0"),
         ({"forecast": 1, "cache_dtype": "fp8"}, "cache_dtype: expected None with a forecast"),
+        ({"cache_device": "cuda"}, r"cache_device: expected one of \['cpu'\], got 'cuda'"),
     ],
 )
 def test_meaningless_settings_are_refused(settings: dict[str, object], message: str) -> None:

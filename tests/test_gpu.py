@@ -681,6 +681,105 @@ def test_replayed_runs_are_like_eager_ones(model, config):
     assert summary.graphs > 0
 
 
+# --- caches in host memory -----------------------------------------------------------------------
+
+APART = {
+    "plain": {},
+    "int8": {"cache_dtype": "int8"},
+    "fp8": {"cache_dtype": "fp8"},
+    "forecast": {"forecast": 2, "interval": 2},
+    "similarity": {"selector": "similarity"},
+    "partial": {"self_attention": "partial", "module_ratio": {"attn": 0.5, "mlp": 1.0}},
+    "fused": {"full_steps": "fused"},
+    "gate": {"residual_threshold": 0.1},
+}
+
+
+@pytest.mark.parametrize("settings", APART)
+def test_caches_in_host_memory_give_the_same_bits(model, settings):
+    """In three runs: the first finds out the sizes, the others copy from the first step on."""
+    config = CONFIG.replace(**APART[settings])
+    with toca.enabled(model, config, timesteps=TIMESTEPS):
+        want = sample(model)
+    with toca.enabled(model, config.replace(cache_device="cpu"), timesteps=TIMESTEPS) as session:
+        for _ in range(3):
+            assert same(sample(model), want)
+        summary = session.summary()
+    assert summary.host_bytes >= summary.cache_bytes > 0
+    assert summary.working_bytes > 0
+
+
+def large() -> torch.nn.Module:
+    """12 blocks and 1,024 tokens: 192 MiB of caches in bfloat16, of 16 MiB a block."""
+    shape = {"channels": 512, "num_heads": 8, "depth": 12, "input_size": 64}
+    return random_dit("S", dtype=torch.bfloat16, **shape).cuda()
+
+
+def peak(model, config) -> int:
+    """Device memory that a run takes at the most, beyond what there was before it."""
+    x = torch.randn(8, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
+    t, y = torch.tensor(TIMESTEPS, device="cuda"), torch.tensor([1000] * 8, device="cuda")
+    with toca.enabled(model, config, timesteps=TIMESTEPS):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for step in range(STEPS):
+            model(x, t[step].expand(8), y)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def test_caches_in_host_memory_leave_the_device_to_others():
+    need_memory(2)
+    model = large()
+    at_hand, apart = (
+        peak(model, CONFIG.replace(bonus=0.0, cache_device=where)) for where in (None, "cpu")
+    )
+    told = CONFIG.replace(bonus=0.0, cache_device="cpu").memory(model, batch=8, tokens=1024)
+    assert told.cache_bytes == 192 * 2**20
+    assert told.working_bytes == 32 * 2**20
+    assert at_hand - apart > 0.9 * (told.cache_bytes - told.working_bytes)
+
+
+def test_nobody_waits_for_copies():
+    """The host is not held up in a run that has its buffers, but for its first cached step, which
+    fills tables, and its last, which counts NaNs."""
+    model = dit(torch.bfloat16)
+
+    def strictly(step: int, call: Callable[[], Tensor]) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error" if 2 <= step < STEPS - 1 else "default")
+        try:
+            return call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    torch.use_deterministic_algorithms(False)  # its check of the cuBLAS workspace is not ours
+    with toca.enabled(model, CONFIG.replace(cache_device="cpu"), timesteps=TIMESTEPS):
+        sample(model)
+        sample(model)
+        sample(model, strictly)
+
+
+def test_copies_run_while_blocks_compute():
+    """Some of them begin before, and end after, a kernel of another stream begins."""
+    model = large()
+    x = torch.randn(8, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
+    t, y = torch.tensor(TIMESTEPS, device="cuda"), torch.tensor([1000] * 8, device="cuda")
+    config = CONFIG.replace(bonus=0.0, cache_device="cpu")
+    with toca.enabled(model, config, timesteps=TIMESTEPS):
+        for step in (0, 1):
+            model(x, t[step].expand(8), y)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            model(x, t[2].expand(8), y)
+            torch.cuda.synchronize()
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in profiler.events()]
+    copies = [one for one in spans if "Memcpy" in one[0] and "inned" in one[0]]
+    kernels = [one for one in spans if "Mem" not in one[0]]
+    assert copies
+    assert any(first < begun < end for _, first, end in copies for _, begun, _ in kernels)
+
+
 # --- nobody waits --------------------------------------------------------------------------------
 
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "Memcpy DtoH")

@@ -1,16 +1,19 @@
 """Caches that do not fit are refused, with numbers, before they are allocated."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import toca_kernels as toca
 from models import sample, timesteps, tiny_dit
+from offloading import StandIn, offloaded
 from pipelines import PIPELINES
 from test_families import STEPS, config
 from toca_kernels import room
 from toca_kernels.apps.drawing.batches import Drawer
+from toca_kernels.cache import TokenCache
 
 CONFIG = toca.ToCaConfig(interval=3, fresh_ratio=0.3)
 
@@ -154,6 +157,82 @@ def test_sampling_halves_its_batch(free, capsys):
     assert "out of memory with 4 samples at once, going on with 2" in capsys.readouterr().err
 
 
+@pytest.fixture
+def free_apart(monkeypatch):
+    """Sets how many bytes are free on the device, and on the host."""
+    left = SimpleNamespace(device=None, host=None)
+    monkeypatch.setattr(room, "free_bytes", lambda device: left.device)
+    monkeypatch.setattr(room, "free_on_host", lambda: left.host)
+    return left
+
+
+def test_the_host_must_hold_the_caches(free_apart):
+    model = tiny_dit()
+    needed = CONFIG.memory(model, batch=4, tokens=64).cache_bytes
+    with offloaded(model, CONFIG, num_steps=STEPS) as session:
+        free_apart.host = needed // 2
+        with pytest.raises(toca.CacheTooLarge, match=r"free on the host\. It would take") as raised:
+            sample(model, STEPS)
+        assert raised.value.free == needed // 2
+        assert raised.value.missing >= needed * 2 // 3  # of three layers one is there
+        assert "cache_dtype='int8'" in str(raised.value)
+        assert "cache_device" not in str(raised.value)
+        assert held(session) == 0
+        free_apart.host = 3 * needed
+        first = sample(model, STEPS)
+        free_apart.host = 0
+        with pytest.raises(toca.CacheTooLarge, match="on the host"):
+            sample(model, STEPS)
+        free_apart.host = None
+        assert torch.equal(sample(model, STEPS), first)
+
+
+def test_the_device_must_hold_two_blocks(free_apart):
+    model = tiny_dit()
+    chosen = CONFIG.replace(cache_device="cpu")
+    told = chosen.memory(model, batch=4, tokens=64, device="cuda")
+    copies = StandIn()
+    with offloaded(model, CONFIG, copies, num_steps=STEPS) as session:
+        free_apart.device = told.working_bytes // 4
+        with pytest.raises(
+            toca.CacheTooLarge, match="working buffers for the caches of two blocks"
+        ):
+            sample(model, STEPS)
+        assert session._run.loan.nbytes == 0
+        free_apart.device = told.working_bytes // 2
+        sample(model, STEPS)  # in the second block the first one's are there
+        with pytest.raises(toca.CacheTooLarge) as raised:
+            sample(model, STEPS)  # all of it is still to come
+        assert raised.value.needed >= told.working_bytes
+        free_apart.device = told.working_bytes + told.other_bytes
+        sample(model, STEPS)
+
+
+def test_a_device_that_is_too_small_is_told_of_the_host(monkeypatch):
+    model = tiny_dit()
+    with toca.enabled(model, CONFIG, num_steps=STEPS) as session:
+        sample(model, STEPS)
+        run = session._run
+        (layouts,) = run._layouts.values()
+        cache = TokenCache(run.kept_layers, torch.device("cpu"), keeps=run.keeps)
+        cache.see(layouts)
+        cuda = torch.device("cuda", 0)
+        monkeypatch.setattr(room, "free_bytes", lambda device: 1)
+        monkeypatch.setattr(room, "readable", str)
+        offered = r"(\d+)  with cache_device='cpu', the caches in host memory"
+        with pytest.raises(toca.CacheTooLarge, match=offered) as raised:
+            room.require(run, cache, cuda)
+        told = CONFIG.replace(cache_device="cpu").memory(model, batch=4, tokens=64, device=cuda)
+        assert int(re.search(offered, str(raised.value))[1]) == told.working_bytes
+        with pytest.raises(toca.CacheTooLarge) as raised:
+            room.require(run, cache, torch.device("cpu"))
+        assert "cache_device" not in str(raised.value)
+        run.graphs = object()  # which cannot be had together
+        with pytest.raises(toca.CacheTooLarge) as raised:
+            room.require(run, cache, cuda)
+        assert "cache_device" not in str(raised.value)
+
+
 def test_what_is_free():
     """On a CPU what Linux says; nothing is refused where nobody tells."""
     assert room.free_bytes(torch.device("meta")) is None
@@ -167,6 +246,99 @@ def test_no_check_where_nobody_tells(monkeypatch, tmp_path):
     model = tiny_dit()
     with toca.enabled(model, CONFIG, num_steps=STEPS):
         sample(model, STEPS)
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """Sets what Linux has available and the control groups that the process is in."""
+    top = tmp_path / "sys"
+    monkeypatch.setattr(room, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(room, "_OWN_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(room, "_CGROUPS", top)
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {64 * 2**20} kB\n")
+
+    def say(own, **files):
+        """Files of a group by the path to it, `_` for a slash."""
+        (tmp_path / "cgroup").write_text(own)
+        for name, contents in files.items():
+            folder = top / name.strip("_").replace("_", "/")
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, text in contents.items():
+                (folder / file).write_text(f"{text}\n")
+        return room.free_bytes(torch.device("cpu"))
+
+    return say
+
+
+def second(most, used, inactive=0):
+    """A group of version 2."""
+    return {
+        "memory.max": most,
+        "memory.current": used,
+        "memory.stat": f"anon 7\ninactive_file {inactive}\nactive_file 9",
+    }
+
+
+def first(most, used, inactive=0):
+    """A group of version 1."""
+    return {
+        "memory.limit_in_bytes": most,
+        "memory.usage_in_bytes": used,
+        "memory.stat": f"inactive_file 5\ntotal_inactive_file {inactive}",
+    }
+
+
+def test_without_control_groups_linux_alone_is_asked(groups, tmp_path):
+    assert room.free_bytes(torch.device("cpu")) == 64 * GIB
+    assert groups("0::/\n") == 64 * GIB  # a root without limits
+    assert groups("0::/a\n", a=second("max", 5 * GIB)) == 64 * GIB
+    assert groups("0::/a\n", a={"memory.max": "no number"}) == 64 * GIB
+
+
+def test_a_containers_limit_counts(groups):
+    # In a namespace of its own a container is at the top.
+    assert groups("0::/\n", _=second(8 * GIB, 3 * GIB, GIB)) == 6 * GIB
+    assert groups("0::/\n", _=second(8 * GIB, 9 * GIB)) == 0
+    assert groups("0::/\n", _=second(200 * GIB, GIB)) == 64 * GIB
+
+
+def test_the_tightest_group_above_the_process_counts(groups):
+    free = groups(
+        "0::/job/step/task\n",
+        job=second(20 * GIB, 4 * GIB),
+        job_step=second(12 * GIB, 3 * GIB, 2 * GIB),
+        job_step_task=second("max", GIB),
+        other=second(GIB, 0),
+    )
+    assert free == 11 * GIB
+
+
+def test_groups_of_version_1(groups):
+    own = "12:cpu,cpuacct:/job\n4:memory:/job/task\n0::/\n"
+    free = groups(
+        own,
+        memory=first(2**63 - 4096, 30 * GIB),
+        memory_job=first(10 * GIB, 4 * GIB, GIB),
+        memory_job_task=first(2**63 - 4096, GIB),
+        cpu_job=first(1, 0),
+    )
+    assert free == 7 * GIB
+    # Without a namespace a container's path is not there, its own group is the top.
+    assert groups("4:memory:/docker/0123\n", memory=first(5 * GIB, 2 * GIB)) == 3 * GIB
+
+
+def test_pinned_memory_that_torch_keeps_is_free(monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
+    assert room.free_on_host() == 1000
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    kept = {"allocated_bytes.current": 700, "active_bytes.current": 500}
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: kept)
+    assert room.free_on_host() == 1200
+    monkeypatch.setattr(room, "free_bytes", lambda device: None)
+    assert room.free_on_host() is None
 
 
 def test_what_is_free_on_a_gpu(monkeypatch):

@@ -180,6 +180,7 @@ class Branch:
         state.partial = self.run.config.self_attention == "partial"
         if self.run.config.cache_dtype and self.run.samples_rounding(block):
             state.rounding = self.cache.rounding
+        state.loan = self.run.loan and self.run.loan.lender
         if self.discovering:
             state.holder = _Discovery(self.run, self.cache)
             return state
@@ -229,8 +230,10 @@ class Branch:
         self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """The selection of all layers, then the model's own forward: what a graph records."""
-        self.choose()
         self.place()
+        if self.run.loan is not None:
+            self.run.loan.begin(self.run.blocks)
+        self.choose()
         out = own(*args, **kwargs)
         self.learn_scores()
         return out
@@ -266,6 +269,8 @@ class Branch:
         done.seconds.append(seconds)
         done.cache_bytes = max(done.cache_bytes, cache.nbytes)
         done.other_bytes = max(done.other_bytes, cache.other_nbytes)
+        if cache.home is not None:
+            done.host_bytes = max(done.host_bytes, cache.home.nbytes)
         if self.run.record_selections:
             done.selections.append(self._recomputed())
         if self.position == self.run.num_steps:  # nothing will be read any more
@@ -370,7 +375,10 @@ class _Discovery:
         # The second block of a kind: the first has shown what all of them will need.
         if sum(features is not None for features in self.cache.tracks[module].features) == 1:
             require(self.run, self.cache, layout.device)
-        return self.cache.tracks[module].hold(layer, layout), self.cache.every(B, N)
+        features = self.cache.tracks[module].hold(layer, layout)
+        if self.run.loan is not None:
+            features = self.run.loan.hold(module, features)
+        return features, self.cache.every(B, N)
 
     def see(self, module: str, layer: int, layout: Layout) -> None:
         self.cache.tracks[module].layouts[layer] = layout

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .copies import Slabs
 from .ops import ForecastCache, QuantizedCache, select_tokens
 
 Features = Tensor | QuantizedCache | ForecastCache
@@ -67,6 +68,7 @@ class Track:
         shared: bool = False,
         keeps: Sequence[bool] | None = None,
         planned: bool = True,
+        home: Slabs | None = None,
     ) -> None:
         self.name = name
         self.keeps = [True] * layers if keeps is None else list(keeps)
@@ -85,27 +87,37 @@ class Track:
         self._eight_bits = EIGHT_BITS[cache_dtype] if cache_dtype else None
         self.shared = shared
         self.planned = planned
+        self._home = home
         self._selected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hold(self, layer: int, layout: Layout) -> Features:
         """The buffers of a layer that is kept, made where there are none."""
-        B, N, C = layout.shape
+        B, N, _ = layout.shape
         if (self.selects or self.forecast) and self.age.numel() == 0:
             self.hold_scores(B, N, layout.device)
         self.layouts[layer] = layout
         features = self.features[layer]
         if features is None:
-            dtype = self._eight_bits or layout.dtype
-            values = torch.empty((B, N, C), dtype=dtype, device=layout.device)
+            values, *others = (self._empty(*one, layout.device) for one in self.parts(layout))
             features = values
             if self._eight_bits:
-                scale = torch.empty((B, N), dtype=torch.float32, device=layout.device)
-                features = QuantizedCache(values, scale)
+                features = QuantizedCache(values, *others)
             if self.forecast:
-                slopes = tuple(torch.empty_like(values) for _ in range(self.forecast))
-                features = ForecastCache(values, slopes, self.distance[layer], 0)
+                features = ForecastCache(values, tuple(others), self.distance[layer], 0)
             self.features[layer] = features
         return features
+
+    def parts(self, layout: Layout) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """(shape, dtype) of the tensors that hold a layer's features."""
+        B, N, _ = layout.shape
+        values = (layout.shape, self._eight_bits or layout.dtype)
+        scale = [((B, N), torch.float32)] if self._eight_bits else []
+        return [values, *scale, *([values] * self.forecast)]
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._home is not None:
+            return self._home.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def hold_scores(self, B: int, N: int, device: torch.device) -> None:
         """Scores and ages of all layers, for selections among B times N tokens."""
@@ -141,14 +153,18 @@ class Track:
 
     def to_come(self) -> int:
         """Bytes that are not allocated yet, where layers not seen are like one that was."""
-        known = self.layout
-        total = 0 if self.age.numel() else self.all_scores_nbytes(known)
+        return self.scores_to_come() + sum(map(self.layer_nbytes, self.layers_to_come()))
+
+    def scores_to_come(self) -> int:
+        """The same of scores, ages and distances alone."""
+        return 0 if self.age.numel() else self.all_scores_nbytes(self.layout)
+
+    def layers_to_come(self) -> Iterator[Layout]:
+        """Of the layers whose features are not allocated yet."""
         layers = zip(self.layouts, self.features, self.keeps, strict=True)
-        return total + sum(
-            self.layer_nbytes(layout or known)
-            for layout, features, kept in layers
-            if kept and features is None
-        )
+        for layout, features, kept in layers:
+            if kept and features is None:
+                yield layout or self.layout
 
     @property
     def score_nbytes(self) -> int:
@@ -305,6 +321,7 @@ class TokenCache:
         number: its own; an address may be another cache's later.
         added: what the first block added in the last full step, where a config asks for it.
         off_track: whether a step came at another timestep than was announced; on the device.
+        home: the host memory that features lie in; None where they are on the device.
     """
 
     def __init__(
@@ -318,7 +335,9 @@ class TokenCache:
         cache_dtype: str | None = None,
         forecast: int = 0,
         shared: bool = False,
+        home: Slabs | None = None,
     ) -> None:
+        self.home = home
         self.tracks = {}
         for name, count in layers.items():
             kept = [True] * count if keeps is None else keeps[name]
@@ -331,6 +350,7 @@ class TokenCache:
                 shared=shared,
                 keeps=kept,
                 planned=name not in beside,
+                home=home,
             )
         self.nan = torch.zeros((), dtype=torch.int64, device=device)
         self.rounding = torch.zeros(2, dtype=torch.float32, device=device)
@@ -441,13 +461,13 @@ def tensors(features: Features | None) -> tuple[Tensor, ...]:
     return () if features is None else (features,)
 
 
-def with_tensors(features: Features, held: Sequence[Tensor]) -> Features:
-    """The same kind of features in other tensors, in the order of `tensors`."""
+def rebuilt(features: Features, parts: Sequence[Tensor]) -> Features:
+    """Features like these, of other `tensors`."""
     if isinstance(features, QuantizedCache):
-        return QuantizedCache(*held)
+        return QuantizedCache(*parts)
     if isinstance(features, ForecastCache):
-        return features._replace(values=held[0], slopes=tuple(held[1:]))
-    return held[0]
+        return features._replace(values=parts[0], slopes=tuple(parts[1:]))
+    return parts[0]
 
 
 def rank(into: Tensor, scores: Sequence[Tensor], offset: float) -> None:

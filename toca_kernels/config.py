@@ -30,6 +30,7 @@ Selector = Literal["attention", "entropy", "norm", "similarity", "random", "mask
 CountFrom = Literal["start", "end", "last_full"]
 FullSteps = Literal["exact", "fused"]
 CacheDtype = Literal["int8", "fp8"]
+CacheDevice = Literal["cpu"]
 SelfAttention = Literal["reuse", "partial"]
 
 # A factor of 1 - slope to 1 + slope is clamped to [0, 1] in the end; larger slopes only overflow.
@@ -119,6 +120,10 @@ class ToCaConfig:
             kept keys and values of all tokens; for models without rotary embeddings.
         cache_dtype: "int8" or "fp8" (e4m3) keep cached outputs in 8 bits with one scale for each
             token, half the memory of bfloat16; None keeps the model's dtype.
+        cache_device: "cpu" keeps cached outputs in pinned host memory; while a block computes, what
+            the next one will read is copied to the GPU, which has room for those of two blocks.
+            The results are the same. None keeps them where the model computes; for a model on a
+            CPU that is all the same. Not with `cuda_graph=True`.
         prepack: weights are laid out once for the backend that reads them; False reads them as
             they are, which saves the copy.
         seed: of the "random" selector.
@@ -158,6 +163,7 @@ class ToCaConfig:
     tabulate_modulation: bool = True
     self_attention: SelfAttention = "reuse"
     cache_dtype: CacheDtype | None = None
+    cache_device: CacheDevice | None = None
     prepack: bool = True
     seed: int = 0
 
@@ -184,6 +190,8 @@ class ToCaConfig:
         _choice("self_attention", self.self_attention, get_args(SelfAttention))
         if self.cache_dtype is not None:
             _choice("cache_dtype", self.cache_dtype, get_args(CacheDtype))
+        if self.cache_device is not None:
+            _choice("cache_device", self.cache_device, get_args(CacheDevice))
         for name in ("decide_per_block", "share_cfg_selection", "tabulate_modulation", "prepack"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -343,7 +351,8 @@ class ToCaConfig:
             dtype: of the hidden states; None takes that of the blocks' weights.
             branches: guidance branches in calls of their own, each with a cache.
             device: what the model will run on; None takes where it is. Weights are packed on a
-                CPU alone, so a model on the meta device has none unless this says "cpu".
+                CPU alone, so a model on the meta device has none unless this says "cpu"; nor does
+                `cache_device` change anything there.
 
         Returns:
             A `Memory`: its `cache_bytes` are exact, the others to a few percent. The layers'

@@ -23,6 +23,7 @@ class Done:
         rounding: relative error of 8-bit caches, root mean square.
         cache_bytes, other_bytes, table_bytes: memory of the features, of scores, ages and
             selections, and of the modulation table; the most that was held.
+        host_bytes: pinned host memory that the features lie in; 0 where they are on the device.
         selections: where the run records them, the tokens that each step recomputed: None for a
             full step, else (layers, B, N) bool for each module.
     """
@@ -37,6 +38,7 @@ class Done:
     cache_bytes: int = 0
     other_bytes: int = 0
     table_bytes: int = 0
+    host_bytes: int = 0
     selections: list[dict[str, Tensor] | None] = field(default_factory=list)
 
     def after(self, before: Done) -> Done:
@@ -50,6 +52,7 @@ class Done:
             seconds=before.seconds + self.seconds,
             cache_bytes=max(before.cache_bytes, self.cache_bytes),
             other_bytes=max(before.other_bytes, self.other_bytes),
+            host_bytes=max(before.host_bytes, self.host_bytes),
             selections=before.selections + self.selections,
         )
 

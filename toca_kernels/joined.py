@@ -11,15 +11,16 @@ back: that traffic is the price of a batch whose members change.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .blocks.block import Block, BlockState
+from .blocks.touched import decided, read, written
 from .branch import Branch
-from .cache import Features, tensors, with_tensors
+from .cache import Features, rebuilt, tensors
 from .ops import ForecastCache
 
 
@@ -101,16 +102,18 @@ class _Lent:
 
     def take(self, block: Block, state: BlockState) -> None:
         first = self._states[0]
+        old = read(block, first)
         for name in first.features:
-            state.features[name] = self._whole(block, state, name)
+            state.features[name] = self._whole(block, state, name, old)
             if name not in block.packed:
                 state.every[name] = torch.cat([one.every[name] for one in self._states])
         for name in first.scores:
             state.scores[name] = torch.cat([one.scores[name] for one in self._states])
 
-    def _whole(self, block: Block, state: BlockState, name: str) -> Features:
+    def _whole(self, block: Block, state: BlockState, name: str, old: Collection[str]) -> Features:
+        """What all have of a module, in one; with what is in it only if it is among the `old`."""
         parts = [one.features[name] for one in self._states]
-        full = state.full[block.decides(name)]
+        full = state.full[decided(block)[name][0]]
         dim = 1 if name in block.packed else 0
         columns = list(zip(*map(tensors, parts), strict=True))
         together = [_adjacent(column, dim, alone=full) for column in columns]
@@ -120,12 +123,12 @@ class _Lent:
                 whole.append(found)
             elif not full:
                 whole.append(self._joined.copied(name, at, column, dim))
-            elif state.changes or isinstance(parts[0], ForecastCache):
+            elif name in old:
                 every = torch.cat([_bytes(one) for one in column], dim)
                 whole.append(every.view(column[0].dtype))
             else:
                 whole.append(column[0].new_empty(_shape(column, dim)))
-        features = with_tensors(parts[0], whole)
+        features = rebuilt(parts[0], whole)
         if isinstance(features, ForecastCache):
             distances = [part.distance for part in parts if isinstance(part, ForecastCache)]
             features = features._replace(distance=torch.cat(distances))
@@ -152,14 +155,14 @@ class _Lent:
             track = branch.cache.tracks[name]
             features = track.features[layer]
             assert features is not None
-            track.features[layer] = with_tensors(features, held)
-            state.features[name] = with_tensors(state.features[name], held)
+            track.features[layer] = rebuilt(features, held)
+            state.features[name] = rebuilt(state.features[name], held)
 
     def give_back(self, block: Block, state: BlockState) -> None:
-        for name, features in self._copied.items():
-            rows = block.rewrites(state, name)
-            if rows is not None:
-                for whole, column in self._columns(name, features):
+        for name in written(block, state):
+            if name in self._copied:
+                rows = state.index[decided(block)[name][1]]
+                for whole, column in self._columns(name, self._copied[name]):
                     _give_rows(whole, column, rows)
         self._copied = {}
         for name, scores in state.scores.items():

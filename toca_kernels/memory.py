@@ -29,7 +29,7 @@ from .config import ToCaConfig
 from .models.linear_flops import linears_of
 from .ops import packing_unavailable
 from .plan import Plan, check_integer, module_kind
-from .room import readable
+from .room import readable, working_nbytes
 from .run import Run
 
 _META = torch.device("meta")
@@ -66,6 +66,9 @@ class Memory:
         modulation_bytes: table of gates, shifts and scales, where the timesteps are announced.
         packed_bytes: second copies of MLP weights, on a CPU.
         branches: guidance branches that the caches are for.
+        host_bytes: pinned host memory that the caches lie in, what is wasted between them included
+            (cache_device="cpu"); 0 where they lie on the device.
+        working_bytes: buffers on the device that they are then brought to.
     """
 
     modules: tuple[Kept, ...]
@@ -74,10 +77,14 @@ class Memory:
     modulation_bytes: int
     packed_bytes: int
     branches: int
+    host_bytes: int = 0
+    working_bytes: int = 0
 
     @property
     def total(self) -> int:
-        return self.cache_bytes + self.other_bytes + self.modulation_bytes + self.packed_bytes
+        """Of the device: without caches that lie in host memory."""
+        caches = self.working_bytes if self.host_bytes else self.cache_bytes
+        return caches + self.other_bytes + self.modulation_bytes + self.packed_bytes
 
     def __str__(self) -> str:
         width = max(20, *(len(kept.module) for kept in self.modules))
@@ -87,12 +94,16 @@ class Memory:
             f"{readable(kept.nbytes):>11}"
             for kept in self.modules
         ]
-        sums = {
-            f"caches ({self.branches} branch{'es' if self.branches > 1 else ''})": self.cache_bytes,
+        caches = f"caches ({self.branches} branch{'es' if self.branches > 1 else ''})"
+        sums = {caches: self.cache_bytes}
+        if self.host_bytes:
+            sums = {caches + ", pinned on the host": self.host_bytes}
+            sums["working buffers"] = self.working_bytes
+        sums |= {
             "scores, ages, selections": self.other_bytes,
             "modulation table": self.modulation_bytes,
             "packed weights": self.packed_bytes,
-            "total": self.total,
+            "total on the device" if self.host_bytes else "total": self.total,
         }
         lines += [f"{name:{width + 26}} {readable(sum_):>11}" for name, sum_ in sums.items()]
         return "\n".join(lines)
@@ -117,6 +128,9 @@ def estimate(
         num_steps = len(config.step_ratio or ()) or max(_STEPS, *(config.full_at or ()), 0) + 1
     if not isinstance(text_tokens, numbers.Real) or not 0 <= text_tokens < math.inf:
         raise ValueError(f"text_tokens: expected a number >= 0, got {text_tokens!r}")
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    if where.type == "cpu":
+        config = config.replace(cache_device=None)  # there it is all the same
     adapter = models.find(model)
     blocks = adapter.blocks()
     sizes = _Sizes(batch, tokens, text_tokens, blocks)
@@ -137,7 +151,7 @@ def estimate(
         for name, track in cache.tracks.items()
         if track.nbytes
     )
-    where = torch.device(device) if device is not None else next(model.parameters()).device
+    home = cache.home
     return Memory(
         modules=modules,
         cache_bytes=cache.nbytes * branches,
@@ -147,6 +161,8 @@ def estimate(
         else 0,
         packed_bytes=_packed(blocks, config, where),
         branches=branches,
+        host_bytes=0 if home is None else home.nbytes * branches,
+        working_bytes=0 if home is None else working_nbytes(run, list(cache.tracks.values())),
     )
 
 

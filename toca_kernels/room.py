@@ -1,25 +1,30 @@
 """Whether a run's caches fit: said with numbers, before they are allocated.
 
 After the first block of each kind it is known what the caches of all layers will take.  Where a
-device has less left, the step is refused instead of running out of memory somewhere in its middle.
+device, or the host that they lie on, has less left, the step is refused instead of running out of
+memory somewhere in its middle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from .cache import TokenCache, Track
 from .config import ToCaConfig
+from .copies import aligned, meta_slabs
 from .plan import MODULES, module_kind
 
 if TYPE_CHECKING:
     from .run import Run
 
 _MEMINFO = Path("/proc/meminfo")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class CacheTooLarge(torch.OutOfMemoryError):
@@ -40,7 +45,8 @@ def free_bytes(device: torch.device) -> int | None:
     """What can still be allocated on a device; None where nobody tells.
 
     On a GPU what the driver has free and what torch's allocator holds unused (in pieces, so not all
-    of it need serve); on a CPU what Linux says is available without swapping.
+    of it need serve); on a CPU what Linux says is available without swapping, or what the process's
+    control groups (a container's, a batch job's) still allow, where that is less.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -50,8 +56,49 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     for line in _MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return min(int(line.split()[1]) * 1024, *_allowed())
     return None
+
+
+def free_on_host() -> int | None:
+    """What can still be pinned: what is free, and what torch holds pinned and unused."""
+    free = free_bytes(torch.device("cpu"))
+    if free is None or not torch.cuda.is_initialized():
+        return free
+    stats = torch.cuda.host_memory_stats()
+    pinned, used = (stats.get(f"{kind}_bytes.current", 0) for kind in ("allocated", "active"))
+    return free + int(pinned - used)
+
+
+def _allowed() -> list[int]:
+    """What each control group above the process still allows; infinity stands for no limit."""
+    allowed = [2**63]
+    if not _OWN_CGROUPS.exists():
+        return allowed
+    for line in _OWN_CGROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            top, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = _CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = top / path.lstrip("/")  # not there where a container sees its own group as the top
+        for folder in (own, *(above for above in own.parents if above.is_relative_to(top))):
+            allowed += _allowed_by(folder, *names)
+    return allowed
+
+
+def _allowed_by(folder: Path, limit: str, usage: str, inactive: str) -> list[int]:
+    """A group's limit less its usage; pages of files that nobody has read lately count as free."""
+    try:
+        most = (folder / limit).read_text().strip()
+        used = int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [] if most == "max" else [max(0, int(most) - used + int(stat.get(inactive, 0)))]
+    except (OSError, ValueError):  # no such group, or none that has limits
+        return []
 
 
 def require(run: Run, cache: TokenCache, device: torch.device) -> None:
@@ -61,19 +108,75 @@ def require(run: Run, cache: TokenCache, device: torch.device) -> None:
         CacheTooLarge: it says what is needed, what is free, and what other settings would need.
     """
     tracks = [track for track in cache.tracks.values() if any(track.layouts)]
+    if cache.home is not None:
+        _require_apart(run, cache, tracks, device)
+        return
     missing = sum(track.to_come() for track in tracks)
     free = free_bytes(device) if missing else None
-    if free is None or missing <= free:
+    if free is not None and missing > free:
+        held = cache.nbytes + sum(track.score_nbytes for track in tracks)
+        _refuse(run, tracks, held, missing, free, device)
+
+
+def _require_apart(run: Run, cache: TokenCache, tracks: list[Track], device: torch.device) -> None:
+    """The same of caches that lie in host memory: room for them there, for two blocks' here."""
+    if run.loan is None or not tracks:  # an estimate, or nothing known yet
         return
-    needed = missing + cache.nbytes + sum(track.score_nbytes for track in tracks)
-    held = needed - missing
+    buffers = working_nbytes(run, tracks)
+    missing = sum(track.scores_to_come() for track in tracks)
+    missing += max(0, buffers - run.loan.nbytes)
+    free = free_bytes(device) if missing else None
+    if free is not None and missing > free:
+        needed = buffers + sum(t.all_scores_nbytes(t.layout) for t in tracks)
+        raise CacheTooLarge(
+            f"working buffers for the caches of two blocks, and scores: {readable(needed)} needed, "
+            f"{readable(missing)} of it still to be allocated; {readable(free)} free on {device}. "
+            "Cache less (modules, cache_dtype), or fewer samples at once.",
+            needed,
+            missing,
+            free,
+        )
+    to_come = meta_slabs()
+    for track in tracks:
+        for layout in track.layers_to_come():
+            for part in track.parts(layout):
+                to_come.empty(*part)
+    free = free_on_host() if to_come.nbytes else None
+    if free is not None and to_come.nbytes > free:
+        _refuse(run, tracks, cache.nbytes, to_come.nbytes, free, "the host")
+
+
+def working_nbytes(run: Run, tracks: Sequence[Track]) -> int:
+    """Bytes on the device that serve caches in host memory: those of two blocks."""
+    named = {track.name: track for track in tracks}
+    most = 0
+    for block in run.blocks:
+        kept = [(named[name], layer) for name, layer in block.layers.items() if name in named]
+        parts = [
+            part
+            for track, layer in kept
+            if track.keeps[layer]
+            for part in track.parts(track.layouts[layer] or track.layout)
+        ]
+        most = max(most, sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in parts))
+    return 2 * most
+
+
+def _refuse(
+    run: Run, tracks: list[Track], held: int, missing: int, free: int, where: torch.device | str
+) -> NoReturn:
+    needed = held + missing
     shown = ", ".join(track.name for track in tracks if track.name in run.layers)
     lines = [
         f"caches of one guidance branch: {readable(needed)} needed for {shown}, "
-        f"{readable(missing)} of it still to be allocated; {readable(free)} free on {device}. "
+        f"{readable(missing)} of it still to be allocated; {readable(free)} free on {where}. "
         "It would take"
     ]
     lines += [f"  {readable(size):>10}  with {said}" for said, size in _others(run, tracks)]
+    if isinstance(where, torch.device) and where.type == "cuda" and run.graphs is None:
+        here = working_nbytes(run, tracks)
+        here += sum(track.all_scores_nbytes(track.layout) for track in tracks)
+        lines.append(f"  {readable(here):>10}  with cache_device='cpu', the caches in host memory")
     for said, eight in (("", False), ("cache_dtype='int8', ", True)):
         if eight and not _can_be_eight(run.config):
             continue

@@ -23,7 +23,9 @@ from .blocks.block import Block, OtherLayout
 from .branch import Branch
 from .cache import Layout, TokenCache
 from .config import ToCaConfig
+from .copies import CudaCopies, Slabs, meta_slabs
 from .models.adapter import Adapter, ModelCall
+from .offload import Offload
 from .plan import Plan, cached_layers, module_kind
 from .room import CacheTooLarge, require
 from .selectors import SELECTORS
@@ -65,6 +67,7 @@ class Run:
         self.record_selections = False
         self.mask = mask
         self.graphs: Graphs | None = None
+        self.loan: Offload | None = None  # where caches do not lie at hand
         self._branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
         self.keeps = self._keeps()
@@ -181,6 +184,23 @@ class Run:
         self._kept.clear()
         for branch in self.branches.values():
             branch.release()
+        if self.loan is not None:
+            self.loan.release()
+
+    def _home_of_caches(self, device: torch.device) -> Slabs | None:
+        """Host memory for a cache of what a device computes; None where it lies on the device."""
+        if self.config.cache_device is None:
+            return None
+        if device.type == "meta":  # an estimate
+            return meta_slabs()
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"cache_device: expected None for a model on {device}, got 'cpu', which copies on "
+                "CUDA streams"
+            )
+        if device.type == "cuda" and (self.loan is None or self.loan.copies.device != device):
+            self.loan = Offload(CudaCopies(device))
+        return None if self.loan is None else self.loan.slabs()
 
     def another(self, num_steps: int, timesteps: Sequence[float] | None) -> Run:
         """A run of its own on the same blocks, whose branches are named by whoever calls.
@@ -264,6 +284,7 @@ class Run:
             cache_dtype=config.cache_dtype,
             forecast=config.forecast,
             shared=config.share_cfg_selection,
+            home=self._home_of_caches(device),
         )
         cache.see(self._layouts.get(signature, {}))
         require(self, cache, device)
@@ -319,6 +340,8 @@ class Run:
         # A branch that fell behind belongs to a run that was broken off in its first step, or to
         # guidance that ended early.
         self.branches = {k: b for k, b in self.branches.items() if branch.position - b.position < 2}
+        if self.loan is not None and all(b.cache is None for b in self.branches.values()):
+            self.loan.release()  # the run is over
 
     def _forward(
         self, branch: Branch, forward: Callable[..., object], args: Any, kwargs: Any
@@ -335,6 +358,8 @@ class Run:
                 branch.release()  # else what fits of it would lie there
             raise
         finally:
+            if self.loan is not None:
+                self.loan.rest()
             for block in self.blocks:
                 block.place(None)
 

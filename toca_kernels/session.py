@@ -154,6 +154,11 @@ class Session:
         """
         if self._graphs is not None:
             raise ValueError("request: expected a model enabled without cuda_graph, got one with")
+        if self.config.cache_device is not None:
+            raise ValueError(
+                "request: expected caches where the model computes, got cache_device="
+                f"{self.config.cache_device!r}"
+            )
         if self.others:
             raise ValueError(
                 f"request: expected a pipeline with one transformer, got {1 + len(self.others)}"
@@ -330,6 +335,11 @@ def enable(
     config = ToCaConfig.preset("forecast") if config is None else config
     if not isinstance(config, ToCaConfig):
         raise ValueError(f"config: expected a ToCaConfig, got {type(config).__name__}")
+    if cuda_graph and config.cache_device is not None:
+        raise ValueError(
+            "cuda_graph: expected False with cache_device='cpu': its copies run beside a step on "
+            "streams of their own, which no record of the step holds, got True"
+        )
     if any(_ATTRIBUTE in model.__dict__ for model in found):
         raise ValueError("model: expected one that is not enabled, got one that already is")
     num_steps, timesteps = _steps(num_steps, timesteps)

@@ -32,6 +32,8 @@ class Summary:
             scores, so measure the untouched model for the true figure.
         cache_bytes: cached features; modulation_bytes: table of gates, shifts and scales;
             packed_bytes: second copies of MLP weights; other_bytes: scores, ages, selections.
+        host_bytes: pinned host memory that the cached features lie in (cache_device="cpu"), 0 where
+            they are on the device; working_bytes: buffers on the device that they are brought to.
         cache_error: relative error (root mean square) of what 8-bit caches hold, sampled in the
             first layer of each module; 0 without them.
         nan_scores: scores that were NaN: the model's output is not to be trusted.
@@ -58,6 +60,8 @@ class Summary:
     graphs: int = 0
     graph_bytes: int = 0
     graph_fallback: str = ""
+    host_bytes: int = 0
+    working_bytes: int = 0
 
     def __str__(self) -> str:
         mib = 1 / 2**20
@@ -76,6 +80,11 @@ class Summary:
             f"{self.packed_bytes * mib:.1f} MiB packed weights, "
             f"{self.other_bytes * mib:.2f} MiB other",
         ]
+        if self.host_bytes:
+            lines.append(
+                f"offload     caches lie in {self.host_bytes * mib:.1f} MiB of pinned host memory, "
+                f"{self.working_bytes * mib:.1f} MiB of working buffers"
+            )
         if self.cache_error:
             lines.append(f"8 bits      cached outputs are {self.cache_error:.2%} off, rounded")
         if self.graphs:
@@ -130,6 +139,8 @@ def summarize(taken: Sequence[tuple[Session, Run]]) -> Summary:
         graphs=sum(map(len, graphs)),
         graph_bytes=sum(one.nbytes for one in graphs),
         graph_fallback="; ".join(one.fallback for one in graphs if one.fallback),
+        host_bytes=sum(d.host_bytes for d in done),
+        working_bytes=sum(run.loan.most for _, run in taken if run.loan is not None),
     )
 
 

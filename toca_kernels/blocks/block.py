@@ -184,22 +184,6 @@ class Block:
         beside = (one.tap.names for one in self.taps if one.tap.decides in modules)
         self.never = frozenset(modules) | {name for names in beside for name in names}
 
-    def decides(self, name: str) -> str:
-        """The module of the plan whose full steps are those of what is kept as `name`."""
-        if name in self.modules:
-            return name
-        return next(one.tap.decides for one in self.taps if name in one.tap.names)
-
-    def rewrites(self, state: BlockState, name: str) -> Tensor | None:
-        """index (B, k) of the rows of `name` that a cached step has written; None if none."""
-        index = state.index.get(name)
-        for tap in (one.tap for one in self.taps):
-            if tap.queries and name == tap.entropy and state.refreshes:
-                index = state.index.get(tap.selection)
-            if tap.rowwise and name in tap.kept_keys and state.partial:
-                index = state.index.get(tap.outputs[0])
-        return None if index is None or index.shape[1] == 0 else index
-
     def scoring(self, selector: str) -> list[tuple[str, str]]:
         """(module that leaves scores, module whose tokens they rank)."""
         source = SELECTORS[selector].source

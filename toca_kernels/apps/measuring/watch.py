@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.block import Block, BlockState
+from ...cache import rebuilt, tensors
 from ...session import Session
 
 _TOKENS = 1024  # of a sample, evenly spread, are compared: a video's would not fit in memory
@@ -92,6 +93,9 @@ class Watch:
         for block, state in self._states.items():
             for name in self._watched[block]:
                 at = call, name, block.layers[name]
+                kept, device = state.features[name], state.every[name].device
+                # From host memory, where cache_device has them lie.
+                state.features[name] = rebuilt(kept, [one.to(device) for one in tensors(kept)])
                 block.settle(state, name)
                 if self._reference is None:
                     self.outputs[at] = _sample(block.read(state, name))
