@@ -63,7 +63,17 @@ def require(run: Run, cache: TokenCache, device: torch.device) -> None:
     tracks = [track for track in cache.tracks.values() if any(track.layouts)]
     missing = sum(track.to_come() for track in tracks)
     free = free_bytes(device) if missing else None
-    if free is None or missing <= free:
+    lacks = free is not None and missing > free
+    if run.ranks is not None and run.ranks.any(lacks, device) and not lacks:
+        # The others would wait for a process that gives up: so all of them do.
+        raise CacheTooLarge(
+            f"caches of one guidance branch: another process has too little memory for its part; "
+            f"here {readable(missing)} are still to be allocated",
+            missing + cache.nbytes,
+            missing,
+            free or 0,
+        )
+    if free is None or not lacks:
         return
     needed = missing + cache.nbytes + sum(track.score_nbytes for track in tracks)
     held = needed - missing

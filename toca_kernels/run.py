@@ -22,6 +22,7 @@ from .branch import Branch
 from .cache import Layout, TokenCache
 from .config import ToCaConfig
 from .models.adapter import Adapter, ModelCall
+from .parallel import Ranks
 from .plan import Plan, cached_layers, module_kind
 from .room import CacheTooLarge, require
 from .selectors import SELECTORS
@@ -52,6 +53,7 @@ class Run:
         num_steps: int | None,
         timesteps: Sequence[float] | None,
         mask: Tensor | None = None,
+        group: Any = None,
     ) -> None:
         self.adapter = adapter
         self.blocks = blocks
@@ -63,6 +65,8 @@ class Run:
         self.record_selections = False
         self.mask = mask
         self.graphs: Graphs | None = None
+        self.group = group
+        self.ranks: Ranks | None = None  # of the call at hand: the processes that share its tokens
         self._branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
         self.keeps = self._keeps()
@@ -241,6 +245,7 @@ class Run:
         kwargs: dict[str, Any],
     ) -> object:
         """Run the model's own forward as the next step of the branch that `call` belongs to."""
+        self.ranks = self._ranks()
         signature = self._signature(args, kwargs)
         branch = self._branch(call, signature)
         started = time.perf_counter()
@@ -260,6 +265,15 @@ class Run:
         # guidance that ended early.
         self.branches = {k: b for k, b in self.branches.items() if branch.position - b.position < 2}
         return out
+
+    def _ranks(self) -> Ranks | None:
+        ranks = Ranks.of(self.adapter.model, self.group, together=self.config.quota == "global")
+        if ranks is not None and self.config.self_attention == "partial":
+            raise ValueError(
+                "self_attention: expected 'reuse' where processes share the tokens, as keys are "
+                "kept of a process's own tokens only, got 'partial'"
+            )
+        return ranks
 
     def _forward(
         self, branch: Branch, forward: Callable[..., object], args: Any, kwargs: Any
@@ -291,7 +305,8 @@ class Run:
         kind = next((device.type for _, _, device in inputs), weight.device.type)
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         inference = torch.is_inference_mode_enabled()  # what it makes cannot be written outside
-        return tuple(inputs), weight.dtype, weight.device, autocast, inference
+        part = None if self.ranks is None else (self.ranks.rank, self.ranks.size)
+        return tuple(inputs), weight.dtype, weight.device, autocast, inference, part
 
     def _branch(self, call: ModelCall, signature: Hashable) -> Branch:
         if self.num_steps is None:

@@ -16,6 +16,7 @@ from .config import ToCaConfig
 from .done import Done
 from .flops import Flops
 from .graphs import CudaGraphs, StepGraphs
+from .parallel import around, beneath
 from .plan import check_integer, module_kind
 from .recorder import Recorder
 from .run import Run, check_mask
@@ -45,12 +46,13 @@ class Session:
         timesteps: Sequence[float] | None,
         graphs: StepGraphs | None = None,
         mask: Tensor | None = None,
+        group: Any = None,
     ) -> None:
         self.model = model
         self.config = config
         self._adapter = models.find(model)
         self._blocks = self._adapter.blocks()
-        self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask)
+        self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask, group)
         self._run.graphs = self._graphs = graphs
         self.others: list[Session] = []
         self.grids: Mapping[str, tuple[int, ...]] = {}  # of the last call's tokens
@@ -139,7 +141,7 @@ class Session:
             self._patch(self.model, "_cache_config", self.config)
         for block in self._blocks:
             for module, forward in block.replacements():
-                self._patch(module, "forward", forward)
+                self._patch(beneath(module), "forward", forward)
         self.model.__dict__[_ATTRIBUTE] = self
 
     def _patch(self, target: Any, name: str, replacement: Any) -> None:
@@ -159,6 +161,9 @@ class Session:
                     attributes[at] = before
                 elif at == "_old_forward":  # what the hook is to call now
                     attributes[at] = type(target).forward.__get__(target)
+            for hook in around(target):  # put round ours since then
+                if hook.forward is replacement:
+                    hook.forward = before or type(target).forward.__get__(target)
 
         attributes[name] = replacement
         self._undo.append(undo)
@@ -256,6 +261,7 @@ def enable(
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
     mask: Tensor | None = None,
+    group: Any = None,
 ) -> Session:
     """Turn token-wise caching on for a model, until `disable`.
 
@@ -275,6 +281,9 @@ def enable(
         mask: for selector="mask": (N,) or (samples, N), the weight of every token in the order of
             the model's tokens; those that weigh most are recomputed.  Modules with another number
             of tokens (a text's) go by age alone.
+        group: torch's process group whose processes share the tokens, in the order of its ranks,
+            for models whose own code splits them (Open-Sora).  Of diffusers' context parallelism
+            the model tells.
 
     Returns:
         The session: `summary()`, `reset()`, `record_selections`.
@@ -310,6 +319,7 @@ def enable(
             timesteps,
             StepGraphs(CudaGraphs(_cuda_device(model))) if cuda_graph else None,
             mask,
+            group,
         )
         for model in found
     ]
@@ -343,6 +353,7 @@ def enabled(
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
     mask: Tensor | None = None,
+    group: Any = None,
 ) -> Iterator[Session]:
     """`enable` for the length of a with block; the model is put back whatever happens in it."""
     session = enable(
@@ -352,6 +363,7 @@ def enabled(
         timesteps=timesteps,
         cuda_graph=cuda_graph,
         mask=mask,
+        group=group,
     )
     try:
         yield session

@@ -1,0 +1,370 @@
+"""Models whose tokens several processes share, and what a run of them does; a script, too.
+
+`CASES` are run by every process of a group, `python sharded.py RANK SIZE FOLDER`, and by
+test_parallel.py in one process, to compare with.  Ulysses runs on torch's own attention.  A ring
+needs a kernel that returns the log-sum-exp, which diffusers has for GPUs only: `exact_attention`
+stands in its place.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import toca_kernels as toca
+from models import diffusers
+from pipelines import FLUX, TEXT, WAN
+from published import noise, pack_text, positions_2d, randomize, stdit3
+from published.stdit import unpatchify
+from stdit3 import Attention
+
+STEPS = 7  # full, 2 cached, full, 2 cached, full: with an interval of 3
+SAMPLES = 2
+FLUX_TOKENS, FLUX_TEXT = 64, 16
+WAN_GRID, WAN_TEXT = (3, 4, 4), 12
+STDIT3_GRID = (3, 4, 4)
+
+
+# --- what is sent --------------------------------------------------------------------------------
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this process hands to collectives, by their names, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        space, name = func.namespace, func._opname
+        if space in ("c10d", "_c10d_functional") and name != "wait_tensor":
+            # Of a collective that fills outputs, the inputs come second.
+            given = args[1] if space == "c10d" and name.startswith("allgather") else args[0]
+            given = [given] if isinstance(given, Tensor) else given
+            self.calls.append((name, sum(one.nbytes for one in given)))
+        return func(*args, **(kwargs or {}))
+
+    def take(self) -> list[tuple[str, int]]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+# --- an attention for rings ----------------------------------------------------------------------
+
+
+def exact_op(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """(B, S, H, D): the attention, and its log-sum-exp (B, S, H) if `return_lse`."""
+    _, _, _, scale, _, return_lse = args
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    lse = logits.logsumexp(dim=-1, keepdim=True)
+    out = ((logits - lse).exp() @ v).transpose(1, 2)
+    return (out, lse[..., 0].transpose(1, 2)) if return_lse else out
+
+
+def exact_attention() -> Callable[[], None]:
+    """Puts it in the place of torch's own in diffusers' registry; returns what undoes this."""
+    from diffusers.models import attention_dispatch as dispatch
+
+    registry, native = dispatch._AttentionBackendRegistry, dispatch.AttentionBackendName.NATIVE
+    own = registry._backends[native]
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if _parallel_config is None:
+            return own(query, key, value, *given)
+        return dispatch._templated_context_parallel_attention(
+            query,
+            key,
+            value,
+            *given,
+            return_lse,
+            forward_op=exact_op,
+            backward_op=None,
+            _parallel_config=_parallel_config,
+        )
+
+    registry._backends[native] = attention
+    return lambda: registry._backends.update({native: own})
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def flux() -> nn.Module:
+    return randomize(diffusers().FluxTransformer2DModel(**FLUX))
+
+
+def flux_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
+    rows = torch.arange(FLUX_TOKENS)
+    return model(
+        hidden_states=x,
+        encoder_hidden_states=_text("flux", SAMPLES, FLUX_TEXT, 1),
+        pooled_projections=_text("flux pooled", SAMPLES, 0, 2),
+        timestep=torch.full((SAMPLES,), t),
+        img_ids=torch.stack([rows * 0, rows // 8, rows % 8], dim=1).float(),
+        txt_ids=torch.zeros(FLUX_TEXT, 3),
+        guidance=torch.full((SAMPLES,), 3.5),
+        return_dict=False,
+    )[0]
+
+
+def wan() -> nn.Module:
+    return randomize(diffusers().WanTransformer3DModel(**WAN))
+
+
+def wan_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
+    """Guidance in two calls."""
+    cond, uncond = (
+        model(
+            hidden_states=x,
+            timestep=torch.full((SAMPLES,), t),
+            encoder_hidden_states=_text(f"wan {seed}", SAMPLES, WAN_TEXT, seed),
+            return_dict=False,
+        )[0]
+        for seed in (1, 2)
+    )
+    return uncond + 3 * (cond - uncond)
+
+
+_texts: dict[str, Tensor] = {}
+
+
+def _text(name: str, samples: int, length: int, seed: int) -> Tensor:
+    """The same tensor in every step, as pipelines have it."""
+    if name not in _texts:
+        shape = (samples, length, TEXT) if length else (samples, TEXT)
+        _texts[name] = noise(*shape, seed=seed)
+    return _texts[name]
+
+
+class SplitSpatialAttention(Attention):
+    """Attention within frames whose tokens are split: heads are exchanged for tokens and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        P = dist.get_world_size()
+        qkv = self.qkv(x).unflatten(2, (3, P, self.num_heads // P, -1))
+        # (BT, S here, 3, P, H / P, D) -> of all tokens, (3, BT, H / P, S, D)
+        qkv = exchange(qkv.permute(3, 0, 1, 2, 4, 5)).permute(3, 1, 4, 0, 2, 5).flatten(3, 4)
+        q, k, v = self.q_norm(qkv[0]), self.k_norm(qkv[1]), qkv[2]
+        out = F.scaled_dot_product_attention(q, k, v)
+        # (BT, H / P, S, D) -> (BT, S here, C)
+        out = exchange(out.unflatten(2, (P, -1)).permute(2, 0, 1, 3, 4))
+        return self.proj_drop(self.proj(out.permute(1, 3, 0, 2, 4).flatten(2)))
+
+
+def exchange(parts: Tensor) -> Tensor:
+    """(P, ...): what is for each process, against what each process has for this one."""
+    parts = parts.contiguous()
+    out = torch.empty_like(parts)
+    dist.all_to_all_single(out, parts)
+    return out
+
+
+class SplitSTDiT3(stdit3.STDiT3):
+    """Open-Sora 1.2's layout: every frame's tokens are split among the processes."""
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor, fps: Tensor
+    ) -> Tensor:
+        T, rows, cols = (n // p for n, p in zip(x.shape[2:], self.patch_size, strict=True))
+        S, P = rows * cols, dist.get_world_size()
+        t = self.t_embedder(timestep) + self.fps_embedder(fps.unsqueeze(1), len(x))
+        t_mlp = self.t_block(t)
+        y, y_lens = pack_text(self.y_embedder(y, self.training), mask)
+        x = self.x_embedder(x).unflatten(1, (T, S)) + positions_2d(rows, cols, self.hidden_size)
+        x = x.chunk(P, dim=2)[dist.get_rank()].flatten(1, 2)
+        for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
+            for block in pair:
+                x = block(x, y, t_mlp, y_lens, None, None, T, S // P)
+        parts = [torch.empty_like(x) for _ in range(P)]
+        dist.all_gather(parts, x.contiguous())
+        x = torch.cat([part.unflatten(1, (T, -1)) for part in parts], dim=2).flatten(1, 2)
+        x = self.final_layer(x, t, None, None, T, S)
+        return unpatchify(x, (T, rows, cols), self.patch_size).float()
+
+
+def open_sora() -> nn.Module:
+    model = stdit3.tiny()
+    if dist.is_initialized():
+        model.__class__ = SplitSTDiT3
+        for block in model.spatial_blocks:
+            block.attn.__class__ = SplitSpatialAttention
+    return model
+
+
+def open_sora_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
+    """Both guidance halves in one call."""
+    null = model.y_embedder.y_embedding
+    y = torch.cat([noise(SAMPLES, 1, *null.shape, seed=1), null.expand(SAMPLES, 1, -1, -1)])
+    lengths = torch.arange(SAMPLES)[:, None] + len(null) // 2
+    out = model(
+        torch.cat([x, x]),
+        torch.full((2 * SAMPLES,), t),
+        y=y,
+        mask=(torch.arange(len(null)) < lengths).long(),
+        fps=torch.full((1,), 24.0),
+    )
+    cond, uncond = out[:, : x.shape[1]].chunk(2)
+    return uncond + 3 * (cond - uncond)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], tuple[int, ...]]] = {
+    "flux": (flux, flux_step, (FLUX_TOKENS, 16)),
+    "wan": (wan, wan_step, (16, WAN_GRID[0], 2 * WAN_GRID[1], 2 * WAN_GRID[2])),
+    "stdit3": (open_sora, open_sora_step, (4, STDIT3_GRID[0], *(2 * n for n in STDIT3_GRID[1:]))),
+}
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of a tiny model.
+
+    Attributes:
+        split: (ring degree, Ulysses degree); None for a model that splits by itself.
+        settings: of its ToCaConfig.
+        exact: whether attention is `exact_attention`.
+        late: whether parallelism is enabled after ToCa.
+        mask: the weights of its tokens.
+    """
+
+    model: str
+    split: tuple[int, int] | None
+    settings: dict[str, Any]
+    exact: bool = False
+    late: bool = False
+    mask: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def size(self) -> int:
+        return 2 if self.split is None else math.prod(self.split)
+
+
+@dataclass
+class Ran:
+    """What a run did, as one process saw it."""
+
+    latents: Tensor
+    selections: dict[str, list[Tensor | None]]
+    sent: list[list[tuple[str, int]]]
+    k: list[dict[str, list[int]]]
+    summary: Any
+    put_back: bool
+
+
+def run(case: Case, *, alone: bool = False) -> Ran:
+    make, step, shape = MODELS[case.model]
+    undo = exact_attention() if case.exact and not alone else lambda: None
+    model = make()
+    before = _forwards(model)
+    config = toca.ToCaConfig(**case.settings)
+
+    def parallelise() -> None:
+        if case.split is not None and not alone:
+            ring, ulysses = case.split
+            degrees = {"ring_degree": ring, "ulysses_degree": ulysses}
+            model.enable_parallelism(config=diffusers().ContextParallelConfig(**degrees))
+
+    if not case.late:
+        parallelise()
+        before = _forwards(model)
+    group = None if alone or case.split is not None else dist.group.WORLD
+    session = toca.enable(model, config, num_steps=STEPS, mask=case.mask, group=group)
+    if case.late:
+        parallelise()
+    session.record_selections = True
+    x = noise(SAMPLES, *shape, seed=0)
+    sent = Sent()
+    calls = []
+    for number in range(STEPS):
+        with torch.no_grad(), sent:
+            x = x - 0.1 * step(model, x, 1000 * (1 - number / STEPS))
+        calls.append(sent.take())
+    names = [name for name in session._run.layers if not name.endswith("attn")]
+    names += [name for name in session._run.layers if name.endswith("cross_attn")]
+    selections = {name: session.selections_of(name) for name in names}
+    k = next(iter(session._run.branches.values())).done.k
+    summary = session.summary()
+    toca.disable(model)
+    put_back = case.late or _forwards(model) == before
+    with torch.no_grad():
+        after = step(model, x, 500.0)
+    undo()
+    assert torch.isfinite(after).all()
+    return Ran(x, selections, calls, k, summary, put_back)
+
+
+def _forwards(model: nn.Module) -> dict[str, Any]:
+    """What stands in the place of the modules' forwards, hooks' own included."""
+    found = {name: vars(m).get("forward") for name, m in model.named_modules()}
+    for name, module in model.named_modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        for hook, reference in zip(getattr(hooks, "_hook_order", ()), getattr(hooks, "_fn_refs", ())):
+            found[f"{name} {hook}"] = reference.forward
+    return found
+
+
+SELECTING = {"interval": 3, "fresh_ratio": 0.3}
+FULL = {"interval": 1, "fresh_ratio": 0.0}
+WAN_RATIO = {"module_ratio": {"mlp": 1.0, "cross_attn": 0.8}}
+SPLITS = {"ulysses2": (1, 2), "ring2": (2, 1), "ulysses4": (1, 4), "ring4": (4, 1), "both4": (2, 2)}
+
+CASES: dict[str, Case] = {}
+for name, split in SPLITS.items():
+    rings = {"exact": split[0] > 1}
+    for quota in ("local", "global"):
+        for model in ("flux", "wan"):
+            settings = SELECTING | {"selector": "attention", "quota": quota}
+            CASES[f"{model}-{name}-attention-{quota}"] = Case(model, split, settings, **rings)
+    CASES[f"wan-{name}-full"] = Case("wan", split, FULL, **rings)
+    CASES[f"flux-{name}-full"] = Case("flux", split, FULL, **rings)
+
+
+def main() -> None:
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    ran = {}
+    for name, case in CASES.items():
+        if case.size == size:
+            print(name, flush=True)
+            ran[name] = run(case)
+    torch.save(ran, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
