@@ -11,10 +11,12 @@ from __future__ import annotations
 import datetime
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -284,19 +286,21 @@ def run(case: Case, *, alone: bool = False) -> Ran:
     undo = exact_attention() if case.exact and not alone else lambda: None
     model = make()
     before = _forwards(model)
-    config = toca.ToCaConfig(**case.settings)
+    settings = toca.ToCaConfig(**case.settings)
 
     def parallelise() -> None:
         if case.split is not None and not alone:
             ring, ulysses = case.split
             degrees = {"ring_degree": ring, "ulysses_degree": ulysses}
-            model.enable_parallelism(config=diffusers().ContextParallelConfig(**degrees))
+            config = diffusers().ContextParallelConfig(**degrees)
+            with mock.patch("torch.accelerator.device_count", return_value=1):  # it wants one
+                model.enable_parallelism(config=config)
 
     if not case.late:
         parallelise()
         before = _forwards(model)
     group = None if alone or case.split is not None else dist.group.WORLD
-    session = toca.enable(model, config, num_steps=STEPS, mask=case.mask, group=group)
+    session = toca.enable(model, settings, num_steps=STEPS, mask=case.mask, group=group)
     if case.late:
         parallelise()
     session.record_selections = True
@@ -350,6 +354,7 @@ for name, split in SPLITS.items():
 def main() -> None:
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # diffusers' own
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
