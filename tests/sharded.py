@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -255,6 +256,8 @@ class Case:
         exact: whether attention is `exact_attention`.
         late: whether parallelism is enabled after ToCa.
         mask: the weights of its tokens.
+        record: whether selections are recorded.
+        taps: whether hooks on its MLPs keep cached steps from being composed of the ops.
     """
 
     model: str
@@ -262,7 +265,9 @@ class Case:
     settings: dict[str, Any]
     exact: bool = False
     late: bool = False
-    mask: Tensor | None = field(default=None, compare=False)
+    mask: Tensor | None = None
+    record: bool = True
+    taps: bool = False
 
     @property
     def size(self) -> int:
@@ -285,7 +290,10 @@ def run(case: Case, *, alone: bool = False) -> Ran:
     make, step, shape = MODELS[case.model]
     undo = exact_attention() if case.exact and not alone else lambda: None
     model = make()
-    before = _forwards(model)
+    if case.taps:
+        for name, module in model.named_modules():
+            if name.endswith((".ff", ".ffn", ".proj_mlp")):
+                module.register_forward_hook(lambda *_: None)
     settings = toca.ToCaConfig(**case.settings)
 
     def parallelise() -> None:
@@ -303,7 +311,7 @@ def run(case: Case, *, alone: bool = False) -> Ran:
     session = toca.enable(model, settings, num_steps=STEPS, mask=case.mask, group=group)
     if case.late:
         parallelise()
-    session.record_selections = True
+    session.record_selections = case.record
     x = noise(SAMPLES, *shape, seed=0)
     sent = Sent()
     calls = []
@@ -313,7 +321,7 @@ def run(case: Case, *, alone: bool = False) -> Ran:
         calls.append(sent.take())
     names = [name for name in session._run.layers if not name.endswith("attn")]
     names += [name for name in session._run.layers if name.endswith("cross_attn")]
-    selections = {name: session.selections_of(name) for name in names}
+    selections = {name: session.selections_of(name) for name in names} if case.record else {}
     k = next(iter(session._run.branches.values())).done.k
     summary = session.summary()
     toca.disable(model)
@@ -335,20 +343,74 @@ def _forwards(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-SELECTING = {"interval": 3, "fresh_ratio": 0.3}
-FULL = {"interval": 1, "fresh_ratio": 0.0}
-WAN_RATIO = {"module_ratio": {"mlp": 1.0, "cross_attn": 0.8}}
 SPLITS = {"ulysses2": (1, 2), "ring2": (2, 1), "ulysses4": (1, 4), "ring4": (4, 1), "both4": (2, 2)}
+SELECTING = {"interval": 3, "fresh_ratio": 0.3, "module_ratio": {"mlp": 1.0, "cross_attn": 0.8}}
+FULL = {"interval": 1, "fresh_ratio": 0.0}
+# Above what steps differ by, in some of the cached ones: of the mean of all processes' tokens.
+DRIFT = {"flux": 0.05, "wan": 0.1}
 
-CASES: dict[str, Case] = {}
-for name, split in SPLITS.items():
-    rings = {"exact": split[0] > 1}
-    for quota in ("local", "global"):
+
+def cases() -> dict[str, Case]:
+    """By MODEL-SPLIT-WHAT, which ends in the quota."""
+    made = {}
+    for name, split in SPLITS.items():
         for model in ("flux", "wan"):
-            settings = SELECTING | {"selector": "attention", "quota": quota}
-            CASES[f"{model}-{name}-attention-{quota}"] = Case(model, split, settings, **rings)
-    CASES[f"wan-{name}-full"] = Case("wan", split, FULL, **rings)
-    CASES[f"flux-{name}-full"] = Case("flux", split, FULL, **rings)
+            exact = split[0] > 1
+            made[f"{model}-{name}-full"] = Case(model, split, FULL, exact)
+            for quota in ("local", "global"):
+                settings = {**SELECTING, "quota": quota}
+                made[f"{model}-{name}-attention-{quota}"] = Case(model, split, settings, exact)
+                made[f"{model}-{name}-norm-{quota}"] = Case(
+                    model, split, {**settings, "selector": "norm"}, exact
+                )
+    two, four = SPLITS["ulysses2"], SPLITS["ulysses4"]
+    for quota in ("local", "global"):
+        both = {**SELECTING, "quota": quota}
+
+        def flux(what: str, late: bool = False, exact: bool = False, **settings: Any) -> None:
+            name = f"flux-ulysses2-{what}-{quota}"  # noqa: B023
+            case = Case("flux", two, {**both, **settings}, exact, late)  # noqa: B023
+            made[name] = replace(case, taps=what.startswith("taps"))
+
+        flux("random", selector="random")
+        flux("similarity", selector="similarity")
+        for kind in ({}, {"cache_dtype": "int8"}, {"forecast": 1}):
+            flux("-".join(["taps", *kind]), **kind)
+        flux("int8", cache_dtype="int8")
+        flux("forecast", forecast=2)
+        flux("late", late=True)
+        flux("exact", exact=True)
+        flux("residual", residual_threshold=DRIFT["flux"])
+
+        def wan(what: str, late: bool = False, mask: Tensor | None = None, **settings: Any) -> None:
+            name = f"wan-ulysses4-{what}-{quota}"  # noqa: B023
+            case = Case("wan", four, {**both, **settings}, False, late, mask)  # noqa: B023
+            made[name] = replace(case, taps=what.startswith("taps"))
+
+        wan("entropy", selector="entropy")
+        wan("taps-entropy", selector="entropy")
+        wan("shared", selector="entropy", share_cfg_selection=True)
+        wan("bonus", grid=2, bonus=0.5)
+        wan("mask", selector="mask", mask=noise(math.prod(WAN_GRID), seed=3))
+        wan("late", late=True)
+        wan("residual", residual_threshold=DRIFT["wan"])
+
+        def open_sora(what: str, **settings: Any) -> None:
+            made[f"stdit3-own2-{what}-{quota}"] = Case("stdit3", None, {**both, **settings})  # noqa: B023
+
+        open_sora("entropy", selector="entropy")
+        open_sora("random", selector="random")
+        open_sora("bonus", selector="entropy", grid=2, bonus=0.5, share_cfg_selection=True)
+    made["stdit3-own2-full"] = Case("stdit3", None, FULL | {"selector": "random"})
+    # Recording a selection sends it round: these are for counting what is sent.
+    counted = ("flux-ulysses2-attention", "flux-ring4-attention", "wan-ulysses4-entropy")
+    for name in (*counted, "stdit3-own2-random"):
+        for quota in ("local", "global"):
+            made[f"{name}-{quota}-sent"] = replace(made[f"{name}-{quota}"], record=False)
+    return made
+
+
+CASES = cases()
 
 
 def main() -> None:
@@ -364,7 +426,7 @@ def main() -> None:
     )
     ran = {}
     for name, case in CASES.items():
-        if case.size == size:
+        if case.size == size and os.environ.get("ONLY", "") in name:
             print(name, flush=True)
             ran[name] = run(case)
     torch.save(ran, folder / f"{rank}.pt")
