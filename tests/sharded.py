@@ -9,6 +9,7 @@ stands in its place.
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import os
 import sys
@@ -27,14 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toca_kernels as toca
 from models import diffusers
-from pipelines import FLUX, TEXT, WAN
+from pipelines import PIPELINES, TEXT
 from published import noise, pack_text, positions_2d, randomize, stdit3
 from published.stdit import unpatchify
 from stdit3 import Attention
 
-STEPS = 7  # full, 2 cached, full, 2 cached, full: with an interval of 3
+STEPS = 5  # full, 2 cached, full, cached: with an interval of 3
 SAMPLES = 2
-FLUX_TOKENS, FLUX_TEXT = 64, 16
+SIDE, PROMPT = 8, 16  # of the image models
 WAN_GRID, WAN_TEXT = (3, 4, 4), 12
 STDIT3_GRID = (3, 4, 4)
 
@@ -115,29 +116,81 @@ def exact_attention() -> Callable[[], None]:
     return lambda: registry._backends.update({native: own})
 
 
+def gather_uneven(part: Tensor, dim: int, group: Any) -> Tensor:
+    """What diffusers does by a gather of unequal parts, which gloo has none of."""
+    sizes = [torch.empty((), dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor(part.shape[dim]), group=group)
+    longest = max(map(int, sizes))
+    part = part.movedim(dim, 0)
+    padded = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    whole = [one[: int(size)] for one, size in zip(parts, sizes, strict=True)]
+    return torch.cat(whole).movedim(0, dim)
+
+
 # --- models --------------------------------------------------------------------------------------
 
 
-def flux() -> nn.Module:
-    return randomize(diffusers().FluxTransformer2DModel(**FLUX))
+def tiny(name: str) -> nn.Module:
+    of = PIPELINES[name]
+    return randomize(getattr(diffusers(), of.model)(**of.settings))
 
 
 def flux_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
-    rows = torch.arange(FLUX_TOKENS)
+    N = x.shape[1]
+    text = PROMPT - (N < SIDE * SIDE)  # uneven, too
+    rows = torch.arange(N)
     return model(
         hidden_states=x,
-        encoder_hidden_states=_text("flux", SAMPLES, FLUX_TEXT, 1),
-        pooled_projections=_text("flux pooled", SAMPLES, 0, 2),
+        encoder_hidden_states=_text(text, 1),
+        pooled_projections=_text(0, 2),
         timestep=torch.full((SAMPLES,), t),
-        img_ids=torch.stack([rows * 0, rows // 8, rows % 8], dim=1).float(),
-        txt_ids=torch.zeros(FLUX_TEXT, 3),
+        img_ids=torch.stack([rows * 0, rows // SIDE, rows % SIDE], dim=1).float(),
+        txt_ids=torch.zeros(text, 3),
         guidance=torch.full((SAMPLES,), 3.5),
         return_dict=False,
     )[0]
 
 
-def wan() -> nn.Module:
-    return randomize(diffusers().WanTransformer3DModel(**WAN))
+def flux2_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
+    rows = torch.arange(x.shape[1])
+    ids = torch.stack([rows * 0, rows // SIDE, rows % SIDE, rows * 0], dim=1)
+    return model(
+        hidden_states=x,
+        encoder_hidden_states=_text(PROMPT, 1),
+        timestep=torch.full((SAMPLES,), t),
+        img_ids=ids.expand(SAMPLES, -1, -1),
+        txt_ids=torch.zeros(SAMPLES, PROMPT, 4, dtype=torch.long),
+        guidance=torch.full((SAMPLES,), 3.5),
+        return_dict=False,
+    )[0]
+
+
+def qwen_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
+    lengths = torch.tensor([[PROMPT], [PROMPT - 5]])
+    return model(
+        hidden_states=x,
+        encoder_hidden_states=_text(PROMPT, 1),
+        encoder_hidden_states_mask=torch.arange(PROMPT) < lengths,
+        timestep=torch.full((SAMPLES,), t / 1000),
+        img_shapes=[[(1, SIDE, SIDE)]] * SAMPLES,
+        return_dict=False,
+    )[0]
+
+
+def ltx_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
+    """Its cross-attention exchanges heads for tokens, too, in cached steps as in full ones."""
+    return model(
+        hidden_states=x,
+        encoder_hidden_states=_text(PROMPT, 1),
+        timestep=torch.full((SAMPLES, 1), t),
+        encoder_attention_mask=None,  # diffusers expands one to all heads, of which few are here
+        num_frames=1,
+        height=SIDE,
+        width=SIDE,
+        return_dict=False,
+    )[0]
 
 
 def wan_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
@@ -146,7 +199,7 @@ def wan_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
         model(
             hidden_states=x,
             timestep=torch.full((SAMPLES,), t),
-            encoder_hidden_states=_text(f"wan {seed}", SAMPLES, WAN_TEXT, seed),
+            encoder_hidden_states=_text(WAN_TEXT, seed),
             return_dict=False,
         )[0]
         for seed in (1, 2)
@@ -154,15 +207,10 @@ def wan_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
     return uncond + 3 * (cond - uncond)
 
 
-_texts: dict[str, Tensor] = {}
-
-
-def _text(name: str, samples: int, length: int, seed: int) -> Tensor:
-    """The same tensor in every step, as pipelines have it."""
-    if name not in _texts:
-        shape = (samples, length, TEXT) if length else (samples, TEXT)
-        _texts[name] = noise(*shape, seed=seed)
-    return _texts[name]
+@functools.cache
+def _text(length: int, seed: int) -> Tensor:
+    """The same tensor in every step, as pipelines have it; of a pooled text if `length` is 0."""
+    return noise(*((SAMPLES, length, TEXT) if length else (SAMPLES, TEXT)), seed=seed)
 
 
 class SplitSpatialAttention(Attention):
@@ -236,9 +284,18 @@ def open_sora_step(model: nn.Module, x: Tensor, t: float) -> Tensor:
     return uncond + 3 * (cond - uncond)
 
 
+def of_diffusers(name: str) -> Callable[[], nn.Module]:
+    return functools.partial(tiny, name)
+
+
+# What makes a model, what calls it, and the shape of a sample.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], tuple[int, ...]]] = {
-    "flux": (flux, flux_step, (FLUX_TOKENS, 16)),
-    "wan": (wan, wan_step, (16, WAN_GRID[0], 2 * WAN_GRID[1], 2 * WAN_GRID[2])),
+    "flux": (of_diffusers("flux"), flux_step, (SIDE * SIDE, 16)),
+    "uneven": (of_diffusers("flux"), flux_step, (SIDE * SIDE - 1, 16)),
+    "flux2": (of_diffusers("flux2"), flux2_step, (SIDE * SIDE, 16)),
+    "qwen": (of_diffusers("qwenimage"), qwen_step, (SIDE * SIDE, 16)),
+    "ltx": (of_diffusers("ltx"), ltx_step, (SIDE * SIDE, 8)),
+    "wan": (of_diffusers("wan"), wan_step, (16, WAN_GRID[0], 2 * WAN_GRID[1], 2 * WAN_GRID[2])),
     "stdit3": (open_sora, open_sora_step, (4, STDIT3_GRID[0], *(2 * n for n in STDIT3_GRID[1:]))),
 }
 
@@ -299,7 +356,9 @@ def run(case: Case, *, alone: bool = False) -> Ran:
     def parallelise() -> None:
         if case.split is not None and not alone:
             ring, ulysses = case.split
-            degrees = {"ring_degree": ring, "ulysses_degree": ulysses}
+            degrees: dict[str, Any] = {"ring_degree": ring, "ulysses_degree": ulysses}
+            if case.model == "uneven":
+                degrees["ring_anything" if ring > 1 else "ulysses_anything"] = True
             config = diffusers().ContextParallelConfig(**degrees)
             with mock.patch("torch.accelerator.device_count", return_value=1):  # it wants one
                 model.enable_parallelism(config=config)
@@ -345,68 +404,63 @@ def _forwards(model: nn.Module) -> dict[str, Any]:
 
 SPLITS = {"ulysses2": (1, 2), "ring2": (2, 1), "ulysses4": (1, 4), "ring4": (4, 1), "both4": (2, 2)}
 SELECTING = {"interval": 3, "fresh_ratio": 0.3, "module_ratio": {"mlp": 1.0, "cross_attn": 0.8}}
-FULL = {"interval": 1, "fresh_ratio": 0.0}
 # Above what steps differ by, in some of the cached ones: of the mean of all processes' tokens.
 DRIFT = {"flux": 0.05, "wan": 0.1}
 
 
 def cases() -> dict[str, Case]:
-    """By MODEL-SPLIT-WHAT, which ends in the quota."""
-    made = {}
-    for name, split in SPLITS.items():
+    """By MODEL-SPLIT-WHAT-QUOTA."""
+    made: dict[str, Case] = {}
+
+    def add(name: str, late: bool = False, mask: Tensor | None = None, **settings: Any) -> None:
+        model, how, what, quota = name.split("-")
+        split = None if how == "own2" else SPLITS[how]
+        exact = how.startswith(("ring", "both")) or what == "exact"
+        given = {**SELECTING, "quota": quota, **settings}
+        made[name] = Case(model, split, given, exact, late, mask, taps=what.startswith("taps"))
+
+    for how in SPLITS:
         for model in ("flux", "wan"):
-            exact = split[0] > 1
-            made[f"{model}-{name}-full"] = Case(model, split, FULL, exact)
-            for quota in ("local", "global"):
-                settings = {**SELECTING, "quota": quota}
-                made[f"{model}-{name}-attention-{quota}"] = Case(model, split, settings, exact)
-                made[f"{model}-{name}-norm-{quota}"] = Case(
-                    model, split, {**settings, "selector": "norm"}, exact
-                )
-    two, four = SPLITS["ulysses2"], SPLITS["ulysses4"]
+            add(f"{model}-{how}-full-local", interval=1)
+            add(f"{model}-{how}-attention-global")
+    for name in ("flux-ulysses2", "wan-ring2", "wan-ulysses4", "flux-both4"):
+        add(f"{name}-attention-local")
+        add(f"{name}-norm-global", selector="norm")
+    for model in ("flux2", "qwen", "ltx"):
+        add(f"{model}-ulysses2-attention-global")
+    for how in ("ulysses2", "ring2", "ulysses4", "ring4"):
+        add(f"uneven-{how}-attention-global")
+    add("uneven-ulysses2-norm-local", selector="norm")
+    add("flux-ulysses2-exact-global")
+    add("flux-ulysses2-similarity-global", selector="similarity")
+    for kind in ({}, {"cache_dtype": "int8"}, {"forecast": 1}):
+        add("".join(["flux-ulysses2-taps", *kind, "-global"]), **kind)
+        add("".join(["flux-ulysses2-ops", *kind, "-global"]), **kind, selector="random")
+    add("wan-ulysses4-taps-global", selector="entropy")
+    add("wan-ulysses4-shared-global", selector="entropy", share_cfg_selection=True)
     for quota in ("local", "global"):
-        both = {**SELECTING, "quota": quota}
-
-        def flux(what: str, late: bool = False, exact: bool = False, **settings: Any) -> None:
-            name = f"flux-ulysses2-{what}-{quota}"  # noqa: B023
-            case = Case("flux", two, {**both, **settings}, exact, late)  # noqa: B023
-            made[name] = replace(case, taps=what.startswith("taps"))
-
-        flux("random", selector="random")
-        flux("similarity", selector="similarity")
-        for kind in ({}, {"cache_dtype": "int8"}, {"forecast": 1}):
-            flux("-".join(["taps", *kind]), **kind)
-        flux("int8", cache_dtype="int8")
-        flux("forecast", forecast=2)
-        flux("late", late=True)
-        flux("exact", exact=True)
-        flux("residual", residual_threshold=DRIFT["flux"])
-
-        def wan(what: str, late: bool = False, mask: Tensor | None = None, **settings: Any) -> None:
-            name = f"wan-ulysses4-{what}-{quota}"  # noqa: B023
-            case = Case("wan", four, {**both, **settings}, False, late, mask)  # noqa: B023
-            made[name] = replace(case, taps=what.startswith("taps"))
-
-        wan("entropy", selector="entropy")
-        wan("taps-entropy", selector="entropy")
-        wan("shared", selector="entropy", share_cfg_selection=True)
-        wan("bonus", grid=2, bonus=0.5)
-        wan("mask", selector="mask", mask=noise(math.prod(WAN_GRID), seed=3))
-        wan("late", late=True)
-        wan("residual", residual_threshold=DRIFT["wan"])
-
-        def open_sora(what: str, **settings: Any) -> None:
-            made[f"stdit3-own2-{what}-{quota}"] = Case("stdit3", None, {**both, **settings})  # noqa: B023
-
-        open_sora("entropy", selector="entropy")
-        open_sora("random", selector="random")
-        open_sora("bonus", selector="entropy", grid=2, bonus=0.5, share_cfg_selection=True)
-    made["stdit3-own2-full"] = Case("stdit3", None, FULL | {"selector": "random"})
+        add(f"flux-ulysses2-random-{quota}", selector="random")
+        add(f"flux-ulysses2-drift-{quota}", residual_threshold=DRIFT["flux"])
+        add(f"flux-ulysses2-late-{quota}", late=True)
+        add(f"wan-ulysses4-late-{quota}", late=True)
+        add(f"wan-ulysses4-drift-{quota}", residual_threshold=DRIFT["wan"])
+        add(f"wan-ulysses4-entropy-{quota}", selector="entropy")
+        add(f"wan-ulysses4-bonus-{quota}", grid=2, bonus=0.5)
+        weights = noise(math.prod(WAN_GRID), seed=3)
+        add(f"wan-ulysses4-mask-{quota}", mask=weights, selector="mask")
+        add(f"stdit3-own2-entropy-{quota}", selector="entropy")
+        add(f"stdit3-own2-random-{quota}", selector="random")
+        bonus = {"grid": 2, "bonus": 0.5, "share_cfg_selection": True}
+        add(f"stdit3-own2-bonus-{quota}", selector="entropy", **bonus)
+    add("stdit3-own2-full-local", interval=1, selector="random")
     # Recording a selection sends it round: these are for counting what is sent.
-    counted = ("flux-ulysses2-attention", "flux-ring4-attention", "wan-ulysses4-entropy")
-    for name in (*counted, "stdit3-own2-random"):
+    for name in ("flux-ulysses2-random", "flux-ulysses2-late", "wan-ulysses4-entropy"):
         for quota in ("local", "global"):
             made[f"{name}-{quota}-sent"] = replace(made[f"{name}-{quota}"], record=False)
+    for quota in ("local", "global"):
+        made[f"stdit3-own2-random-{quota}-sent"] = replace(
+            made[f"stdit3-own2-random-{quota}"], record=False
+        )
     return made
 
 
@@ -416,6 +470,7 @@ CASES = cases()
 def main() -> None:
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    mock.patch("diffusers.hooks.context_parallel._all_gather_anything", gather_uneven).start()
     warnings.simplefilter("ignore", FutureWarning)  # diffusers' own
     dist.init_process_group(
         "gloo",
