@@ -367,11 +367,16 @@ def run(case: Case, *, alone: bool = False) -> Ran:
     k = next(iter(session._run.branches.values())).done.k
     summary = session.summary()
     toca.disable(model)
-    put_back = case.late or _forwards(model) == before
+    after = _forwards(model)
+    ours = [
+        one
+        for one in after.values()
+        if type(getattr(one, "__self__", one)).__module__[:4] == "toca"
+    ]
+    put_back = not ours and (case.late or after == before)
     with torch.no_grad():
-        after = step(model, x, 500.0)
+        assert torch.isfinite(step(model, x, 500.0)).all()
     undo()
-    assert torch.isfinite(after).all()
     return Ran(x, selections, calls, k, summary, put_back)
 
 
@@ -388,7 +393,7 @@ def _forwards(model: nn.Module) -> dict[str, Any]:
 SPLITS = {"ulysses2": (1, 2), "ring2": (2, 1), "ulysses4": (1, 4), "ring4": (4, 1), "both4": (2, 2)}
 SELECTING = {"interval": 3, "fresh_ratio": 0.3, "module_ratio": {"mlp": 1.0, "cross_attn": 0.8}}
 # Some cached steps are above it, by the mean of all tokens; some processes' own tokens are not.
-DRIFT = {"flux": 0.923, "wan": 0.471}
+DRIFT = {"flux": 0.923, "wan": 0.672}
 
 
 def cases() -> dict[str, Case]:

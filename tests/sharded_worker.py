@@ -20,8 +20,9 @@ from torch import Tensor
 
 import toca_kernels as toca
 from models import sample, tiny_dit
-from sharded import CASES, MODELS, SAMPLES, SELECTING, Case, parallelise, run
+from sharded import CASES, MODELS, PROMPT, SAMPLES, SELECTING, SIDE, Case, parallelise, run
 from toca_kernels import room
+from toca_kernels.graphs import StepGraphs
 from toca_kernels.ops import select_tokens
 from toca_kernels.parallel import Ranks, Share, shares
 
@@ -115,6 +116,30 @@ def check_memory(rank: int, size: int) -> None:
     assert session.summary().cached_steps == 2
 
 
+def check_trace(rank: int, size: int) -> None:
+    """It shows all tokens, and counts what all processes did."""
+    case = Case("flux", (1, size), SELECTING, False)
+    make, step, shape = MODELS["flux"]
+    model = make()
+    parallelise(model, case)
+    session = toca.enable(model, toca.ToCaConfig(**SELECTING), num_steps=3)
+    session._run.graphs = graphs = StepGraphs(mock.Mock(nbytes=0))
+    with session.trace() as recorder:
+        for t in (900.0, 800.0, 700.0):
+            step(model, torch.zeros(SAMPLES, *shape), t)
+    assert "share the tokens" in graphs.fallback
+    part = recorder.trace.parts[0]
+    assert part.plan.num_tokens["single_mlp"] == SIDE**2 + PROMPT
+    for name, chosen in part.selections.items():
+        N = part.plan.num_tokens[name]
+        assert chosen.shape[1:] == (len(part.plan.k[name][0]), SAMPLES, N)
+        assert (chosen.sum(-1) == part.plan.k[name][:, :, None]).all()
+    summary = session.summary()
+    assert summary.cache_bytes * size == sum(
+        layers * SAMPLES * (SIDE**2 + PROMPT) * 64 * 4 * 2 for layers in (2, 3)
+    )
+
+
 def check_refusals(rank: int, size: int) -> None:
     group = dist.group.WORLD
     model = tiny_dit()
@@ -155,7 +180,7 @@ def main() -> None:
         world_size=size,
         timeout=datetime.timedelta(seconds=60),
     )
-    for check in (check_selections, check_memory, check_refusals):
+    for check in (check_selections, check_memory, check_trace, check_refusals):
         print(check.__name__, flush=True)
         check(rank, size)
     ran = {}

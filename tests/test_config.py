@@ -40,6 +40,7 @@ CUSTOM = ToCaConfig(
     prepack=False,
     seed=7,
     self_attention="partial",
+    quota="global",
     cache_dtype="int8",
     residual_threshold=0.1,
     fresh_every=2,

@@ -33,6 +33,7 @@ LAYERS = [
     ["blocks"],
     ["selectors"],
     ["cache"],
+    ["parallel"],
     ["ops"],
     ["_backends", "_library"],
     ["reference", "native", "triton"],

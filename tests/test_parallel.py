@@ -20,7 +20,9 @@ from toca_kernels.blocks import taps
 from toca_kernels.ops import Selection
 
 pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
-pytestmark = pytest.mark.skipif(
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="this torch has no gloo",
 )

@@ -98,7 +98,8 @@ class Branch:
     def _shared(self, ranks: Ranks, tokens: dict[str, int]) -> dict[str, int]:
         """N of each module as the plan is to take it, where processes share the tokens."""
         parts = self.run.adapter.parts(tokens, self.call.grids)
-        self.shares = shares(ranks, parts, self.cache.nan.device)
+        device = next(self.cache.tracks[name].layout.device for name in tokens)
+        self.shares = shares(ranks, parts, device)
         for name in tokens.keys() - parts.keys():  # processes share its samples
             self.done.batch[name] *= ranks.size
         if ranks.together:

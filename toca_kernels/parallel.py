@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .ops import Selection, select_tokens
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DIGITS = 256  # of a radix selection: four digits of 8 bits make a float32
 _SPLIT_HOOKS = ("ContextParallelSplitHook", "ContextParallelGatherHook")
@@ -34,13 +37,13 @@ class Ranks:
         together: whether they select together (`quota="global"`) or each in its part.
     """
 
-    def __init__(self, group: Any, *, together: bool) -> None:
+    def __init__(self, group: ProcessGroup, *, together: bool) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.together = together
 
     @classmethod
-    def of(cls, model: nn.Module, group: Any, *, together: bool) -> Ranks | None:
+    def of(cls, model: nn.Module, group: ProcessGroup | None, *, together: bool) -> Ranks | None:
         """Of a group that is given, or of diffusers' context parallelism; None for one process."""
         if group is None:
             config = getattr(model, "_parallel_config", None)
@@ -70,8 +73,10 @@ class Ranks:
         dist.all_gather(parts, values.contiguous(), group=self.group)
         return torch.stack(parts)
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether it holds on some process: all of them get the same answer."""
+        on_cpu = "gloo" in str(dist.get_backend(self.group))
+        device = None if on_cpu else torch.accelerator.current_accelerator()
         return bool(self.most(torch.tensor(int(flag), device=device)))
 
     def means(self, values: Sequence[Tensor]) -> list[Tensor]:

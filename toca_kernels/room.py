@@ -64,7 +64,7 @@ def require(run: Run, cache: TokenCache, device: torch.device) -> None:
     missing = sum(track.to_come() for track in tracks)
     free = free_bytes(device) if missing else None
     lacks = free is not None and missing > free
-    if run.ranks is not None and run.ranks.any(lacks, device) and not lacks:
+    if run.ranks is not None and run.ranks.any(lacks) and not lacks:
         # The others would wait for a process that gives up: so all of them do.
         raise CacheTooLarge(
             f"caches of one guidance branch: another process has too little memory for its part; "

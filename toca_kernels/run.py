@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from .parallel import Ranks
 from .plan import Plan, cached_layers, module_kind
 from .room import CacheTooLarge, require
 from .selectors import SELECTORS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Graphs(Protocol):
@@ -53,7 +56,7 @@ class Run:
         num_steps: int | None,
         timesteps: Sequence[float] | None,
         mask: Tensor | None = None,
-        group: Any = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.adapter = adapter
         self.blocks = blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from .recorder import Recorder
 from .run import Run, check_mask
 from .scheduler import Follower
 from .summary import Summary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _ATTRIBUTE = "_toca_session"
 
@@ -46,7 +49,7 @@ class Session:
         timesteps: Sequence[float] | None,
         graphs: StepGraphs | None = None,
         mask: Tensor | None = None,
-        group: Any = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -114,7 +117,8 @@ class Session:
         """The tokens that each step of the last run recomputed, of the branch that opened last.
 
         None for a full step, else (layers, B, N) bool: of the MLP, or of the first module of the
-        model that selects; `selections_of` tells of the others.
+        model that selects; `selections_of` tells of the others.  N is that of all processes, where
+        several share the tokens.
         """
         branches = list(self._run.branches.values())
         recorded = branches[-1].done.selections if branches else []
@@ -261,7 +265,7 @@ def enable(
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
     mask: Tensor | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> Session:
     """Turn token-wise caching on for a model, until `disable`.
 
@@ -353,7 +357,7 @@ def enabled(
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
     mask: Tensor | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[Session]:
     """`enable` for the length of a with block; the model is put back whatever happens in it."""
     session = enable(

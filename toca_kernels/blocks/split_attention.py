@@ -39,7 +39,8 @@ class SplitAttention:
         self._own: Callable[..., Any]
 
     def put_in(self) -> None:
-        self._dispatch = sys.modules.get(_WHERE)
+        module = sys.modules.get(_WHERE)
+        self._dispatch = module if hasattr(module, _NAME) else None
         if self._dispatch is not None:
             self._own = getattr(self._dispatch, _NAME)
             setattr(self._dispatch, _NAME, self._attention)
