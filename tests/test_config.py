@@ -176,6 +176,7 @@ def test_preset_without_fresh_tokens_has_a_fixed_period() -> None:
         ({"residual_threshold": -0.1}, "residual_threshold: expected a finite number >= 0"),
         ({"forecast": 3}, "forecast: expected an order of 0, 1 or 2, got 3"),
         ({"forecast": 1.0}, "forecast: expected an integer >= 0, got 1.0"),
+        ({"quota": "each"}, "quota: expected one of .*'global'"),
         ({"forecast": 1, "cache_dtype": "fp8"}, "cache_dtype: expected None with a forecast"),
     ],
 )

@@ -16,7 +16,10 @@ STEP_PATH = sorted(
     [
         *(PACKAGE / "triton").glob("*.py"),
         *(PACKAGE / "blocks").glob("*.py"),
-        *(PACKAGE / name for name in ("branch.py", "cache.py", "graphs.py", "run.py")),
+        *(
+            PACKAGE / name
+            for name in ("branch.py", "cache.py", "graphs.py", "parallel.py", "run.py")
+        ),
     ]
 )
 
@@ -37,6 +40,14 @@ EXCEPTIONS = {
     ("branch.py", "release"): "NaNs and strayed timesteps, once a run, after its last step",
     ("run.py", "_open"): "Python's own numbers",
     ("cache.py", "drifted"): "the first block's drift, once a step and only with a gate",
+    ("branch.py", "_recomputed"): "the selection of all processes, where a run records it",
+    ("blocks/split_attention.py", "_received"): "sizes of parts, with diffusers' unequal ones only",
+    ("parallel.py", "shares"): "sizes of parts, once a run",
+    ("parallel.py", "any"): "whether caches fit on all processes, in the first step of a kind",
+    (
+        "parallel.py",
+        "_filled",
+    ): "lengths of rows, which follow from scores where all select together",
     ("blocks/block.py", "added"): "which stream is which, with a gate and streams of one length",
 }
 

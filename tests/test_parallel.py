@@ -23,9 +23,10 @@ pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this torch has no gloo",
-)
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="this torch has no gloo",
+    ),
+]
 
 TESTS = Path(__file__).parent
 LIMIT = 300  # seconds
