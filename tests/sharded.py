@@ -427,6 +427,7 @@ def cases() -> dict[str, Case]:
     add("wan-ulysses4-taps-global", selector="entropy")
     add("wan-ulysses4-shared-global", selector="entropy", share_cfg_selection=True)
     for quota in ("local", "global"):
+        add(f"flux-ulysses2-reuse-{quota}", fresh_ratio=0.0, forecast=1)  # as preset("forecast")
         add(f"flux-ulysses2-random-{quota}", selector="random")
         add(f"flux-ulysses2-drift-{quota}", residual_threshold=DRIFT["flux"])
         add(f"flux-ulysses2-late-{quota}", late=True)
@@ -442,13 +443,10 @@ def cases() -> dict[str, Case]:
         add(f"stdit3-own2-bonus-{quota}", selector="entropy", **bonus)
     add("stdit3-own2-full-local", interval=1, selector="random")
     # Recording a selection sends it round: these are for counting what is sent.
-    for name in ("flux-ulysses2-random", "flux-ulysses2-late", "wan-ulysses4-entropy"):
+    counted = ("flux-ulysses2-reuse", "flux-ulysses2-random", "flux-ulysses2-late")
+    for name in (*counted, "wan-ulysses4-entropy", "stdit3-own2-random"):
         for quota in ("local", "global"):
             made[f"{name}-{quota}-sent"] = replace(made[f"{name}-{quota}"], record=False)
-    for quota in ("local", "global"):
-        made[f"stdit3-own2-random-{quota}-sent"] = replace(
-            made[f"stdit3-own2-random-{quota}"], record=False
-        )
     return made
 
 

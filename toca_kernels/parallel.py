@@ -165,16 +165,17 @@ class Share:
         selected: `inverse` tells which are.  Else each process selects k of its own; cells of a
         grid end where its part does.
         """
-        if not self.ranks.together and bonus == 0.0:
+        together = self.ranks.together and any(k)  # of nothing, nobody need be asked
+        if not together and bonus == 0.0:
             return select_tokens(score, age, k, age_weight=age_weight)
         total = score + age_weight * age.float()
         nan = total.isnan()
         total = total.masked_fill(nan, -torch.inf)
         if bonus != 0.0 and cell > 1:
             assert grid is not None
-            best = self._best(total, grid, cell)
+            best = self._best(total, grid, cell, together)
             total = torch.where(best, total * (1.0 + total.new_tensor(bonus)), total)
-        if not self.ranks.together:  # no selection depends on more than the sum
+        if not together:  # no selection depends on more than the sum
             selection = select_tokens(total, age, k)
             return Selection(
                 selection.index, selection.inverse, nan.sum(dim=1, dtype=torch.int32), selection.k
@@ -185,7 +186,7 @@ class Share:
         index, inverse, widths = _filled(chosen, counts, k)
         return Selection(index, inverse, nan.sum(dim=1, dtype=torch.int32), widths)
 
-    def _best(self, total: Tensor, grid: Sequence[int], cell: int) -> Tensor:
+    def _best(self, total: Tensor, grid: Sequence[int], cell: int, together: bool) -> Tensor:
         """(R, N) bool: the first maximum of every cell x cell tile of the grid of all tokens."""
         rows, cols = grid[-2:]
         frame, place = self.places // (rows * cols), self.places % (rows * cols)
@@ -196,7 +197,7 @@ class Share:
         tiles = self.tokens // (rows * cols) * down * across
         most = key.new_full((len(total), tiles), -1)
         most.scatter_reduce_(1, tile.expand_as(key), key, "amax")
-        if self.ranks.together:
+        if together:
             self.ranks.most(most)
         return most.gather(1, tile.expand_as(key)) == key
 
