@@ -34,7 +34,7 @@ LAYERS = [
     ["blocks"],
     ["selectors"],
     ["cache"],
-    ["copies"],
+    ["copies", "parallel"],
     ["ops"],
     ["_backends", "_library"],
     ["reference", "native", "triton"],

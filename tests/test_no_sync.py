@@ -18,7 +18,9 @@ STEP_PATH = sorted(
         *(PACKAGE / "blocks").glob("*.py"),
         *(
             PACKAGE / f"{name}.py"
-            for name in ("branch", "cache", "graphs", "joined", "requests", "run", "steps")
+            for name in (
+                *("branch", "cache", "graphs", "joined", "parallel", "requests", "run", "steps"),
+            )
         ),
     ]
 )
@@ -43,6 +45,14 @@ EXCEPTIONS = {
     ("requests.py", "pick"): "numbers of rows, which are on the CPU",
     ("requests.py", "joined"): "numbers of rows, which are on the CPU",
     ("cache.py", "drifted"): "the first block's drift, once a step and only with a gate",
+    ("branch.py", "_recomputed"): "the selection of all processes, where a run records it",
+    ("blocks/split_attention.py", "_received"): "sizes of parts, with diffusers' unequal ones only",
+    ("parallel.py", "shares"): "sizes of parts, once a run",
+    ("parallel.py", "any"): "whether caches fit on all processes, in the first step of a kind",
+    (
+        "parallel.py",
+        "_filled",
+    ): "lengths of rows, which follow from scores where all select together",
     ("blocks/block.py", "added"): "which stream is which, with a gate and streams of one length",
 }
 

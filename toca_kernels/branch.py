@@ -18,10 +18,12 @@ from .done import Done
 from .models.adapter import ModelCall
 from .modulation import ModulationTable
 from .ops import free_rows
+from .parallel import Share, shares
 from .plan import BoolTable, Plan, module_kind
 from .room import require
 
 if TYPE_CHECKING:
+    from .parallel import Ranks
     from .run import Run
 
 
@@ -40,6 +42,7 @@ class Branch:
         self.done = Done()
         self._before = Done()  # of steps on other inputs
         self.cache: TokenCache = None  # type: ignore[assignment]  # made by the first step
+        self.shares: dict[str, Share] = {}  # of each module, where processes share the tokens
         self.discovering = False  # whether the step at hand shows what the outputs look like
         self.signature: Hashable = None
         self.adopted = position
@@ -88,11 +91,26 @@ class Branch:
         """What the tokens' numbers tell."""
         shapes = {name: self.cache.tracks[name].layout.shape for name in self.run.layers}
         tokens = {name: shape[1] for name, shape in shapes.items()}
+        self.done.batch = {name: shape[0] for name, shape in shapes.items()}
+        self.shares = {}
+        if self.run.ranks is not None:
+            tokens = self._shared(self.run.ranks, tokens)
         self._plan = self.run.plan(tokens)
         self.chooser.learn(self._plan)
-        self.done.batch = {name: shape[0] for name, shape in shapes.items()}
         self.done.tokens = tokens
         self.done = self.done.after(self._before)
+
+    def _shared(self, ranks: Ranks, tokens: dict[str, int]) -> dict[str, int]:
+        """N of each module as the plan is to take it, where processes share the tokens."""
+        parts = self.run.adapter.parts(tokens, self.call.grids)
+        device = next(self.cache.tracks[name].layout.device for name in tokens)
+        self.shares = shares(ranks, parts, device)
+        for name in tokens.keys() - parts.keys():  # processes share its samples
+            self.done.batch[name] *= ranks.size
+        if ranks.together:
+            return tokens | {name: share.tokens for name, share in self.shares.items()}
+        self.done.shares = dict.fromkeys(self.shares, ranks.size)
+        return tokens
 
     def decide(self) -> None:
         """What the step does: the plan's word, or a full step where nothing is cached."""
@@ -129,7 +147,8 @@ class Branch:
         """The first block is done: where it has drifted too far, the rest of the step is full."""
         added = self.run.blocks[0].added(args, kwargs, out)
         planned = all(map(all, self.done.full[-1].values()))
-        if not planned and not self.cache.drifted(added, self.run.config.residual_threshold):
+        threshold = self.run.config.residual_threshold
+        if not planned and not self.cache.drifted(added, threshold, self.run.ranks):
             return
         self.cache.added = added.clone()
         if planned:
@@ -178,6 +197,8 @@ class Branch:
             state.changes = self.selector.name if compares else None
         state.refreshes = self.selector.source == "queries"
         state.partial = self.run.config.self_attention == "partial"
+        if self.run.ranks is not None:
+            state.quota = self.run.config.quota
         if self.run.config.cache_dtype and self.run.samples_rounding(block):
             state.rounding = self.cache.rounding
         state.loan = self.run.loan and self.run.loan.lender
@@ -297,8 +318,12 @@ class Branch:
     def _recomputed(self) -> dict[str, Tensor] | None:
         if self.done.full_steps()[-1]:
             return None
-        return {
+        fresh = {
             name: track.recomputed() for name, track in self.cache.tracks.items() if track.selects
+        }
+        return {
+            name: self.shares[name].whole(one).cpu() if self.shares else one
+            for name, one in fresh.items()
         }
 
     @property

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .copies import Slabs
 from .ops import ForecastCache, QuantizedCache, select_tokens
+
+if TYPE_CHECKING:
+    from .parallel import Ranks, Share
 
 Features = Tensor | QuantizedCache | ForecastCache
 
@@ -265,23 +268,26 @@ class Track:
         grid: Sequence[int] | None = None,
         cell: int = 1,
         bonus: float = 0.0,
+        share: Share | None = None,
     ) -> Tensor:
         """Choose the tokens of every cached layer of a step; returns how many scores were NaN.
 
         One `select_tokens` call serves a run of neighbouring layers, which is all of them in most
-        steps.
+        steps; that of a `share` where processes share the tokens.
         """
+        choose = select_tokens if share is None else share.select
         nan = torch.zeros((), dtype=torch.int64, device=self.age.device)
         N = self.age.shape[-1]
         for first, stop in _runs(cached):
             rows = (stop - first) * self.rows
-            selection = select_tokens(
+            selection = choose(
                 self.score[first:stop].view(rows, N),
                 self.age[first:stop].view(rows, N),
                 [k[layer] for layer in range(first, stop) for _ in range(self.rows)],
                 age_weight=age_weight,
                 grid=grid,
-                cell=min(cell, N),  # one cell is all there is where N is 1
+                # One cell is all there is where N is 1.
+                cell=min(cell, N if share is None else share.tokens),
                 bonus=bonus,
             )
             for layer in range(first, stop):
@@ -389,27 +395,40 @@ class TokenCache:
                 if layout is not None and track.keeps[layer]:
                     track.hold(layer, layout)
 
-    def drifted(self, added: Tensor, threshold: float | None) -> bool:
+    def drifted(self, added: Tensor, threshold: float | None, ranks: Ranks | None = None) -> bool:
         """Whether the mean change since the last full step is above a share of the mean.
 
-        Waits for the device: what the step does next depends on it.
+        Waits for the device: what the step does next depends on it.  The means are those of all
+        processes' tokens, so all of them decide alike.
         """
         if self.added is None or self.added.shape != added.shape or threshold is None:
             return True
-        change = (added - self.added).abs().mean(dtype=torch.float32)
-        near = change <= threshold * self.added.abs().mean(dtype=torch.float32)
-        return not bool(near)  # so NaN is far
+        magnitudes = [(added - self.added).abs(), self.added.abs()]
+        if ranks is None:
+            change, before = (one.mean(dtype=torch.float32) for one in magnitudes)
+        else:
+            change, before = ranks.means(magnitudes)
+        return not bool(change <= threshold * before)  # so NaN is far
 
-    def weigh(self, mask: Tensor) -> None:
-        """Scores that the user gives, (N,) or (samples, N); modules of other lengths get none."""
-        N = mask.shape[-1]
+    def weigh(self, mask: Tensor, shares: Mapping[str, Share] | None = None) -> None:
+        """Scores that the user gives, (N,) or (samples, N); modules of other lengths get none.
+
+        Where processes share the tokens, N is that of all of them.
+        """
+        N, shares = mask.shape[-1], shares or {}
         selecting = [track for track in self.tracks.values() if track.selects and track.rows]
-        fitting = [track for track in selecting if track.score.shape[-1] == N]
+        sizes = {
+            track.name: shares[track.name].tokens if shares else track.score.shape[-1]
+            for track in selecting
+        }
+        fitting = [track for track in selecting if sizes[track.name] == N]
         if not fitting:
-            lengths = sorted({track.score.shape[-1] for track in selecting})
+            lengths = sorted(set(sizes.values()))
             raise ValueError(f"mask: expected weights of {lengths} tokens, got {N}")
         for track in fitting:
             weights = mask if mask.ndim == 2 else mask[None]
+            if shares:
+                weights = weights[:, shares[track.name].places.to(weights.device)]
             if track.rows % len(weights):
                 raise ValueError(
                     f"mask: expected one row for all of {track.rows} samples, or as many, got "
@@ -470,7 +489,7 @@ def rebuilt(features: Features, parts: Sequence[Tensor]) -> Features:
     return parts[0]
 
 
-def rank(into: Tensor, scores: Sequence[Tensor], offset: float) -> None:
+def rank(into: Tensor, scores: Sequence[Tensor], offset: float, ranks: Ranks | None = None) -> None:
     """A selector's scores as they rank, normalised to length 1 over the tokens.
 
     Args:
@@ -478,13 +497,17 @@ def rank(into: Tensor, scores: Sequence[Tensor], offset: float) -> None:
         scores: (..., B, N) of each guidance branch that shares the selection: their mean ranks.
             Where rows = B / 2, so does the mean of the batch's halves.
         offset: added to the scores.
+        ranks: the processes that share the tokens, if any do.
     """
     score = scores[0] if len(scores) == 1 else torch.stack(list(scores)).mean(dim=0)
     if into.shape[-2] != score.shape[-2]:
         score = score.unflatten(-2, (2, into.shape[-2])).mean(dim=-3)
     score = score + offset
-    norm = torch.linalg.vector_norm(score, dim=-1, keepdim=True).clamp(min=1e-12)
-    torch.div(score, norm, out=into)
+    if ranks is None:
+        norm = torch.linalg.vector_norm(score, dim=-1, keepdim=True)
+    else:
+        norm = ranks.length(score)
+    torch.div(score, norm.clamp(min=1e-12), out=into)
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ from .selectors import SELECTORS
 
 if TYPE_CHECKING:
     from .branch import Branch
+    from .parallel import Share
 
 
 class Chooser:
@@ -56,7 +57,7 @@ class Chooser:
         }
         if self.selector.source == "given":
             assert self.run.mask is not None
-            self.branch.cache.weigh(self.run.mask)
+            self.branch.cache.weigh(self.run.mask, self.branch.shares)
 
     def _needed(self, plan: Plan, source: str, module: str) -> BoolTable:
         """Where `source` must leave the scores of `module` behind."""
@@ -132,7 +133,7 @@ class Chooser:
         for one in self._sharing():
             for name, track in one.branch.cache.tracks.items():
                 if track.selects and track.rows:
-                    rank(track.score, one._scores(name), self._offset)
+                    rank(track.score, one._scores(name), self._offset, self.run.ranks)
 
     def _taken_over(self, name: str, track: Track) -> list[bool]:
         """The layers whose selection is the leader's, which it has made in this step."""
@@ -140,9 +141,10 @@ class Chooser:
         over = [False] * track.layers
         if leader is None or leader.branch.position != self.branch.position + 1:
             return over
+        theirs = leader.branch.done.k[-1][name]
         for layer, (index, inverse) in leader.selected.get(name, {}).items():
             full, k = self.branch.done.full[-1][name][layer], self.branch.done.k[-1][name][layer]
-            same = inverse.shape == track.scores.shape[1:] and index.shape[1] == k
+            same = inverse.shape == track.scores.shape[1:] and theirs[layer] == k
             if same and not full:
                 track.note(layer, index, inverse)
                 track.age[layer] = (track.age[layer] + 1).masked_fill(inverse >= 0, 0)
@@ -201,10 +203,11 @@ class Chooser:
             "cell": min(config.grid, self.branch.done.tokens[name]) if grid else 1,
             "bonus": config.bonus if grid else 0.0,
         }
+        share = self.branch.shares.get(name)
         if any(cached):
             if self.selector.source == "drawn":
-                self.selector.draw(track.score, self._random(track.score.device))
-            self.branch.cache.nan += track.select(cached, k, **settings)
+                self._draw(track.score, share)
+            self.branch.cache.nan += track.select(cached, k, **settings, share=share)
         for block, state in zip(self.run.blocks, self.branch.states, strict=True):
             layer = block.layers.get(name)
             if layer is not None and late[layer]:
@@ -216,6 +219,7 @@ class Chooser:
                     [k[layer]] * track.rows,
                     settings,
                     self.branch.cache.nan,
+                    share,
                 )
 
     def _grid(self, name: str) -> tuple[int, ...] | None:
@@ -223,10 +227,12 @@ class Chooser:
         if self.run.config.bonus == 0 or self.run.config.grid == 1 or name.startswith("txt_"):
             return None
         grid = self.branch.call.grids.get(name)
-        if grid is None or math.prod(grid) != self.branch.done.tokens[name]:
+        share = self.branch.shares.get(name)
+        N = self.branch.done.tokens[name] if share is None else share.tokens
+        if grid is None or math.prod(grid) != N:
             raise ValueError(
                 f"bonus: expected a model whose tokens lie on a known grid, got {name!r} with "
-                f"{self.branch.done.tokens[name]} tokens on {grid}; use bonus=0"
+                f"{N} tokens on {grid}; use bonus=0"
             )
         return grid
 
@@ -248,6 +254,15 @@ class Chooser:
                 )
                 late[layer] = selects and refreshed
         return late
+
+    def _draw(self, score: Tensor, share: Share | None) -> None:
+        """The numbers of one device, of which a process takes those of its tokens."""
+        whole = score
+        if share is not None:
+            whole = score.new_empty((*score.shape[:-1], share.tokens))
+        self.selector.draw(whole, self._random(score.device))
+        if share is not None:
+            score.copy_(whole[..., share.places])
 
     def _random(self, device: torch.device) -> torch.Generator:
         if self._generator is None:

@@ -32,6 +32,7 @@ FullSteps = Literal["exact", "fused"]
 CacheDtype = Literal["int8", "fp8"]
 CacheDevice = Literal["cpu"]
 SelfAttention = Literal["reuse", "partial"]
+Quota = Literal["local", "global"]
 
 # A factor of 1 - slope to 1 + slope is clamped to [0, 1] in the end; larger slopes only overflow.
 _MAX_FACTOR = 100.0
@@ -95,6 +96,9 @@ class ToCaConfig:
             N0 here, also where the period varies.
         grid: side of the square cells in which the best token gets the bonus, s4. 1 = off.
         bonus: b of s4: the best token of a cell counts S * (1 + b).
+        quota: where processes share the tokens (sequence parallelism). "local": each selects k of
+            its own, k from their number, and asks nobody. "global": all select together what one
+            device would, by histograms that they add up in every step that selects.
 
     What is cached at all (the rest is computed in full in every step and takes no memory)
         modules: names or kinds, as `module_ratio` takes them: ("attn",) leaves every MLP as it is.
@@ -135,6 +139,7 @@ class ToCaConfig:
     grid: int = 1
     bonus: float = 0.0
     selector: Selector = "attention"
+    quota: Quota = "local"
 
     warmup: int = 1
     count_from: CountFrom = "start"
@@ -187,6 +192,7 @@ class ToCaConfig:
         _choice("selector", self.selector, get_args(Selector))
         _choice("count_from", self.count_from, get_args(CountFrom))
         _choice("full_steps", self.full_steps, get_args(FullSteps))
+        _choice("quota", self.quota, get_args(Quota))
         _choice("self_attention", self.self_attention, get_args(SelfAttention))
         if self.cache_dtype is not None:
             _choice("cache_dtype", self.cache_dtype, get_args(CacheDtype))

@@ -19,6 +19,8 @@ class Done:
         full: for each step, which layers of each module ran in full.
         seconds: of each step, the model's forward.
         batch, tokens: B and N of each module; empty before the first step.
+        shares: how many times as many tokens all processes have that share them, each of which
+            selects for itself; modules that are not named have what is in `tokens`.
         nan: scores that were NaN.
         rounding: relative error of 8-bit caches, root mean square.
         cache_bytes, other_bytes, table_bytes: memory of the features, of scores, ages and
@@ -33,6 +35,7 @@ class Done:
     seconds: list[float] = field(default_factory=list)
     batch: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, int] = field(default_factory=dict)
     nan: int = 0
     rounding: float = 0.0
     cache_bytes: int = 0
@@ -62,15 +65,20 @@ class Done:
 
     def every(self) -> dict[str, IntTable]:
         """k of the same steps without ToCa."""
-        return {name: np.full_like(k, self.tokens[name]) for name, k in self.plan().k.items()}
+        plan = self.plan()
+        return {name: np.full_like(k, plan.num_tokens[name]) for name, k in plan.k.items()}
 
     def plan(self) -> Plan:
-        """The tables of what was done."""
+        """The tables of what was done, by all processes that share the tokens."""
         names = list(self.tokens)
+        times = {name: self.shares.get(name, 1) for name in names}
         return Plan(
             num_steps=len(self.k),
             num_layers={name: len(self.k[0][name]) for name in names},
-            num_tokens=dict(self.tokens),
+            num_tokens={name: self.tokens[name] * times[name] for name in names},
             full={name: np.array([full[name] for full in self.full]) for name in names},
-            k={name: np.array([k[name] for k in self.k], dtype=np.int64) for name in names},
+            k={
+                name: np.array([k[name] for k in self.k], dtype=np.int64) * times[name]
+                for name in names
+            },
         )

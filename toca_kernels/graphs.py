@@ -95,6 +95,8 @@ class StepGraphs:
             self.fallback = f"selector {selector!r} draws new numbers in every step"
         if branch.run.config.residual_threshold is not None:
             self.fallback = "residual_threshold decides in the middle of a step what it computes"
+        if branch.run.ranks is not None:
+            self.fallback = "processes share the tokens and wait for each other within a step"
         kind = None if self.fallback else branch.kind()
         if kind is None:
             return branch.forward(forward, args, kwargs)

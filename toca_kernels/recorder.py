@@ -154,9 +154,9 @@ class Recorder:
 
 def _selections(done: Done) -> dict[str, BoolTable]:
     names = next((list(step) for step in done.selections if step is not None), [])
-    tables = {}
+    tokens, tables = done.plan().num_tokens, {}
     for name in names:
-        shape = (len(done.k[0][name]), done.batch[name], done.tokens[name])
+        shape = (len(done.k[0][name]), done.batch[name], tokens[name])
         steps = [
             np.ones(shape, dtype=np.bool_) if step is None else step[name].numpy()
             for step in done.selections

@@ -178,6 +178,10 @@ class _Step:
         self._chosen = False
 
     def enter(self, name: str) -> None:
+        if self.run.find_ranks() is not None:
+            raise ValueError(
+                "request: expected a process that has all tokens, got one that shares them"
+            )
         call = self.run.adapter.call(*self.args, **self.kwargs)
         if call is None:
             raise ValueError("request: expected a call that is one of a run's steps, got another")

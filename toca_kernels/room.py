@@ -107,6 +107,27 @@ def require(run: Run, cache: TokenCache, device: torch.device) -> None:
     Raises:
         CacheTooLarge: it says what is needed, what is free, and what other settings would need.
     """
+    refused = None
+    try:
+        _require_here(run, cache, device)
+    except CacheTooLarge as error:
+        refused = error
+    # Others would wait for a process that gives up: so all of them do.
+    everywhere = refused is not None if run.ranks is None else run.ranks.any(refused is not None)
+    if refused is not None:
+        raise refused
+    if everywhere:
+        missing = sum(track.to_come() for track in cache.tracks.values() if any(track.layouts))
+        raise CacheTooLarge(
+            "caches of one guidance branch: another process has too little memory for its part; "
+            f"here {readable(missing)} are still to be allocated",
+            missing + cache.nbytes,
+            missing,
+            free_bytes(device) or 0,
+        )
+
+
+def _require_here(run: Run, cache: TokenCache, device: torch.device) -> None:
     tracks = [track for track in cache.tracks.values() if any(track.layouts)]
     if cache.home is not None:
         _require_apart(run, cache, tracks, device)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +26,13 @@ from .config import ToCaConfig
 from .copies import CudaCopies, Slabs, meta_slabs
 from .models.adapter import Adapter, ModelCall
 from .offload import Offload
+from .parallel import Ranks
 from .plan import Plan, cached_layers, module_kind
 from .room import CacheTooLarge, require
 from .selectors import SELECTORS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Graphs(Protocol):
@@ -56,6 +60,7 @@ class Run:
         num_steps: int | None,
         timesteps: Sequence[float] | None,
         mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.adapter = adapter
         self.blocks = blocks
@@ -68,6 +73,8 @@ class Run:
         self.mask = mask
         self.graphs: Graphs | None = None
         self.loan: Offload | None = None  # where caches do not lie at hand
+        self.group = group
+        self.ranks: Ranks | None = None  # of the call at hand: the processes that share its tokens
         self._branches: dict[object, Branch] = {}
         self.layers = dict(Counter(name for block in blocks for name in block.modules))
         self.keeps = self._keeps()
@@ -305,6 +312,7 @@ class Run:
         kwargs: dict[str, Any],
     ) -> object:
         """Run the model's own forward as the next step of the branch that `call` belongs to."""
+        self.ranks = self.find_ranks()
         branch = steps.enter(self, call, self.signature(args, kwargs))
         started = time.perf_counter()
         out = self.take_step(branch, forward, args, kwargs)
@@ -343,6 +351,16 @@ class Run:
         if self.loan is not None and all(b.cache is None for b in self.branches.values()):
             self.loan.release()  # the run is over
 
+    def find_ranks(self) -> Ranks | None:
+        """The processes that share the tokens of the next call."""
+        ranks = Ranks.of(self.adapter.model, self.group, together=self.config.quota == "global")
+        if ranks is not None and self.config.self_attention == "partial":
+            raise ValueError(
+                "self_attention: expected 'reuse' where processes share the tokens, as keys are "
+                "kept of a process's own tokens only, got 'partial'"
+            )
+        return ranks
+
     def _forward(
         self, branch: Branch, forward: Callable[..., object], args: Any, kwargs: Any
     ) -> object:
@@ -375,7 +393,8 @@ class Run:
         kind = next((device.type for _, _, device in inputs), weight.device.type)
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         inference = torch.is_inference_mode_enabled()  # what it makes cannot be written outside
-        return tuple(inputs), weight.dtype, weight.device, autocast, inference
+        part = None if self.ranks is None else (self.ranks.rank, self.ranks.size)
+        return tuple(inputs), weight.dtype, weight.device, autocast, inference, part
 
 
 def _check_mask(mask: object) -> None:

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from .config import ToCaConfig
 from .done import Done
 from .flops import Flops
 from .graphs import CudaGraphs, StepGraphs
+from .parallel import around, beneath
 from .plan import check_integer
 from .recorder import Recorder
 from .requests import Batch, Batches, Request
 from .run import Run
 from .scheduler import Follower
 from .summary import Summary, summarize
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _ATTRIBUTE = "_toca_session"
 
@@ -46,12 +50,13 @@ class Session:
         timesteps: Sequence[float] | None,
         graphs: StepGraphs | None = None,
         mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self._adapter = models.find(model)
         self._blocks = self._adapter.blocks()
-        self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask)
+        self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask, group)
         self._run.graphs = self._graphs = graphs
         self._batches = Batches()
         self._batch: Batch | None = None
@@ -116,7 +121,8 @@ class Session:
         """The tokens that each step of the last run recomputed, of the branch that opened last.
 
         None for a full step, else (layers, B, N) bool: of the MLP, or of the first module of the
-        model that selects; `selections_of` tells of the others.
+        model that selects; `selections_of` tells of the others.  N is that of all processes, where
+        several share the tokens.
         """
         return self._run.selections()
 
@@ -218,7 +224,7 @@ class Session:
             self._patch(self.model, "_cache_config", self.config)
         for block in self._blocks:
             for module, forward in block.replacements():
-                self._patch(module, "forward", forward)
+                self._patch(beneath(module), "forward", forward)
         self.model.__dict__[_ATTRIBUTE] = self
 
     def _patch(self, target: Any, name: str, replacement: Any) -> None:
@@ -238,6 +244,9 @@ class Session:
                     attributes[at] = before
                 elif at == "_old_forward":  # what the hook is to call now
                     attributes[at] = type(target).forward.__get__(target)
+            for hook in around(target):  # put round ours since then
+                if hook.forward is replacement:
+                    hook.forward = before or type(target).forward.__get__(target)
 
         attributes[name] = replacement
         self._undo.append(undo)
@@ -304,6 +313,7 @@ def enable(
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
     mask: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Session:
     """Turn token-wise caching on for a model, until `disable`.
 
@@ -323,6 +333,9 @@ def enable(
         mask: for selector="mask": (N,) or (samples, N), the weight of every token in the order of
             the model's tokens; those that weigh most are recomputed.  Modules with another number
             of tokens (a text's) go by age alone.
+        group: torch's process group whose processes share the tokens, in the order of its ranks,
+            for models whose own code splits them (Open-Sora).  Of diffusers' context parallelism
+            the model tells.
 
     Returns:
         The session: `summary()`, `reset()`, `record_selections`.
@@ -357,6 +370,7 @@ def enable(
             timesteps,
             StepGraphs(CudaGraphs(_cuda_device(model))) if cuda_graph else None,
             mask,
+            group,
         )
         for model in found
     ]
@@ -390,6 +404,7 @@ def enabled(
     timesteps: Sequence[float] | Tensor | None = None,
     cuda_graph: bool = False,
     mask: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[Session]:
     """`enable` for the length of a with block; the model is put back whatever happens in it."""
     session = enable(
@@ -399,6 +414,7 @@ def enabled(
         timesteps=timesteps,
         cuda_graph=cuda_graph,
         mask=mask,
+        group=group,
     )
     try:
         yield session

@@ -39,6 +39,9 @@ class Summary:
         nan_scores: scores that were NaN: the model's output is not to be trusted.
         graphs, graph_bytes: recorded steps, and the memory of their pool (cuda_graph=True).
         graph_fallback: why steps are not replayed although they should be; empty if they are.
+
+    Where processes share the tokens, tokens and FLOPs are those of all of them together; seconds,
+    bytes, errors and NaN are this one's.
     """
 
     steps: int

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ..cache import Features, Layout
 from ..ops import ForecastCache, read_rows, store_rows
+from ..parallel import beneath
 from ..plan import Plan, is_module, module_kind
 from ..selectors import SELECTORS
 from . import linear
@@ -78,6 +79,7 @@ class BlockState:
         modulation: this step's row of a table made for all steps; None where there is none.
         watch: called with the block's arguments and result; None where nobody asks.
         loan: brings the caches; None where they are at hand.
+        quota: how processes select that share the tokens; None where one has all of them.
         holder: makes `features` and `scores`, in the first step of a kind.
     """
 
@@ -100,6 +102,7 @@ class BlockState:
     holder: Holder | None = None
     watch: Callable[[Any, Any, Any], None] | None = None
     loan: Loan | None = None
+    quota: str | None = None
 
 
 class Block:
@@ -143,7 +146,7 @@ class Block:
         self.state: BlockState | None = None
         self.kept: list[str] = []
         self._hooked = False
-        self._own_forward = block.forward
+        self._own_forward = beneath(block).forward
         self.taps = tuple(Tapped(self, tap) for tap in taps)
         self.packed = frozenset(name for tap in taps if tap.packed for name in tap.outputs)
 

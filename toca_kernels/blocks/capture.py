@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..selectors import SELECTORS, AttentionCall
 from ..selectors.entropy import entropy
+from .split_attention import SplitAttention
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
@@ -32,24 +33,30 @@ class CapturedScores(TorchFunctionMode):
         found: where the scores go: (B, N), or (rows, 1, N) of some of the B * H heads, float32, or
             the entropies of one sample after the other.  A list, because torch.compile reads no
             attributes of a mode.
+        split: whether the attention may be one that processes share.
     """
 
-    def __init__(self, selector: str, found: list[Tensor]) -> None:
+    def __init__(self, selector: str, found: list[Tensor], *, split: bool = False) -> None:
         super().__init__()
         self.selector = selector
         self.found = found
         self._xformers: Any = None
+        self._split = SplitAttention(selector, found) if split else None
 
     def __enter__(self) -> CapturedScores:
         self._xformers = sys.modules.get("xformers.ops")
         if self._xformers is not None and self.selector == "entropy":
             self._own = self._xformers.memory_efficient_attention
             self._xformers.memory_efficient_attention = self._packed
+        if self._split is not None:
+            self._split.put_in()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        if self._split is not None:
+            self._split.take_out()
         if self._xformers is not None and self.selector == "entropy":
             self._xformers.memory_efficient_attention = self._own
 

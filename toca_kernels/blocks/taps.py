@@ -16,6 +16,7 @@ from .capture import CapturedScores
 from .kept_keys import KeptKeys
 
 if TYPE_CHECKING:
+    from ..parallel import Share
     from .block import Block, BlockState
 
 
@@ -190,7 +191,7 @@ class Tapped:
         tap = self.tap
         assert state.selector is not None
         found: list[Tensor] = []
-        with CapturedScores(state.selector, found):
+        with CapturedScores(state.selector, found, split=state.quota is not None):
             out = self._call(state, args, kwargs)
         if not found:
             raise RuntimeError(
@@ -241,8 +242,17 @@ class Tapped:
             rows = self._refreshed(state, index, args, kwargs)
         if tap.cached == "rows_in":
             return rows
-        write_rows(state.features[tap.outputs[0]], rows, index)
+        write_rows(state.features[tap.outputs[0]], rows, index, self._own_rows(state, index))
         return self.block.read(state, tap.outputs[0])
+
+    def _own_rows(self, state: BlockState, index: Tensor) -> Tensor | None:
+        """(B, k): which of the rows are selected; None where all of them are.
+
+        Where processes select together, rows are filled up with others, which must not be kept.
+        """
+        if state.quota != "global":
+            return None
+        return state.inverse[self.tap.selection].gather(1, index) >= 0
 
     def _whole(self, state: BlockState) -> Any:
         """All that is cached, as the module returns it."""
@@ -254,11 +264,12 @@ class Tapped:
         if not self.tap.queries or not state.refreshes:
             return self._call(state, args, kwargs)
         found: list[Tensor] = []
-        with CapturedScores("entropy", found):
+        with CapturedScores("entropy", found, split=state.quota is not None):
             out = self._own(*args, **kwargs)
         entropy = state.features[self.tap.entropy]
         assert isinstance(entropy, Tensor)
-        entropy.scatter_(1, index[:, :, None], _entropies(found, *index.shape)[:, :, None])
+        own = self._own_rows(state, index)
+        write_rows(entropy, _entropies(found, *index.shape)[:, :, None], index, own)
         for name in self.tap.queries:
             self.block.record(state, name, entropy[:, :, 0])
         return out
@@ -274,6 +285,7 @@ class Late:
         score, age: of the layer, (rows, N); k: for each row; settings: the other arguments of
             `select_tokens`.
         nan: NaN scores are added here.
+        share: this process's part of the tokens, where several share them.
     """
 
     scores: tuple[Tensor, ...]
@@ -283,11 +295,14 @@ class Late:
     k: list[int]
     settings: dict[str, Any]
     nan: Tensor
+    share: Share | None = None
 
     def select(self) -> tuple[Tensor, Tensor]:
         """(index (B, k), inverse (B, N))."""
-        rank(self.score, self.scores, self.offset)
-        selection = select_tokens(self.score, self.age, self.k, **self.settings)
+        ranks = None if self.share is None else self.share.ranks
+        rank(self.score, self.scores, self.offset, ranks)
+        choose = select_tokens if self.share is None else self.share.select
+        selection = choose(self.score, self.age, self.k, **self.settings)
         self.nan += selection.nan.sum()
         index, inverse = selection.rows(0, len(self.k))
         halves = len(self.scores[0]) // len(self.k) if self.k else 1
@@ -312,11 +327,18 @@ def _entropies(found: Sequence[Tensor], B: int, N: int) -> Tensor:
     return torch.cat([one.flatten() for one in found]).view(B, N)
 
 
-def write_rows(features: Features, rows: Tensor, index: Tensor) -> None:
-    """features[b, index[b, j]] = rows[b, j]."""
+def write_rows(features: Features, rows: Tensor, index: Tensor, own: Tensor | None = None) -> None:
+    """features[b, index[b, j]] = rows[b, j]; where `own` (B, k) is given, of those rows only."""
     places = index[:, :, None].expand(-1, -1, rows.shape[2])
+
+    def put(into: Tensor, fresh: Tensor, at: Tensor) -> None:
+        if own is not None:
+            keeps = own[:, :, None] if fresh.ndim == 3 else own
+            fresh = torch.where(keeps, fresh, into.gather(1, at))
+        into.scatter_(1, at, fresh)
+
     if isinstance(features, Tensor):
-        features.scatter_(1, places, rows.to(features.dtype))  # under autocast they may differ
+        put(features, rows.to(features.dtype), places)  # under autocast they may differ
     elif isinstance(features, ForecastCache):
         tensors = (features.values, *features.slopes)
         taken = [one.gather(1, places) for one in tensors]
@@ -326,14 +348,15 @@ def write_rows(features: Features, rows: Tensor, index: Tensor) -> None:
             rows.to(taken[0].dtype).contiguous(),
         )
         for one, fresh in zip(tensors, taken, strict=True):
-            one.scatter_(1, places, fresh)
-        features.distance.scatter_(1, index, 0.0)  # for whoever reads them within this step
+            put(one, fresh, places)
+        # For whoever reads them within this step.
+        put(features.distance, torch.zeros_like(distance), index)
     else:
         values, scale = features.values, features.scale
         packed = QuantizedCache(values.new_empty(rows.shape), scale.new_empty(rows.shape[:2]))
         store_rows(packed, rows.contiguous())
-        scale.scatter_(1, index, packed.scale)
-        values.view(torch.int8).scatter_(1, places, packed.values.view(torch.int8))
+        put(scale, packed.scale, index)
+        put(values.view(torch.int8), packed.values.view(torch.int8), places)
 
 
 def taken_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -61,6 +61,16 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def parts(
+        self, tokens: Mapping[str, int], grids: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Of what this process's tokens consist, each part shared among the processes for itself.
+
+        `tokens` is N of each module here, `grids` are those of the call.  A module that is not in
+        the result has all its tokens here, of a share of its samples.
+        """
+        return {name: (N,) for name, N in tokens.items()}
+
     def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
         """FLOPs of what was done; `batch` is B of each module."""
         raise NotImplementedError

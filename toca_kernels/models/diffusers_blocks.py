@@ -97,6 +97,7 @@ _SINGLE = Kind(("attn", "proj_mlp", "proj_out"), lambda b, p: single(b))
 _CROSS = Kind(("attn1", "attn2.to_k", "ff"), lambda b, p: serial(p, b.attn1, b.ff, b.attn2))
 
 _BOTH = ("single_attn", "single_txt_attn")
+_TEXT_IMAGE = ("txt_attn", "img_attn")
 
 KINDS: dict[str, Kind] = {
     "AllegroTransformerBlock": _CROSS,
@@ -233,6 +234,16 @@ class DiffusersTransformer(Adapter):
             return {}
         grid = tuple(size // one for size, one in zip(sizes, patches, strict=True))
         return dict.fromkeys(("mlp", "cross_attn", "img_mlp"), grid)
+
+    def parts(
+        self, tokens: Mapping[str, int], grids: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        image_first = ("single_attn", "single_txt_attn")
+        pairs = [[tokens.get(name, 0) for name in pair] for pair in (_TEXT_IMAGE, image_first)]
+        # Both streams in one module; that of single stream blocks tells their order.
+        joint = {sum(pair): tuple(pair) for pair in pairs if all(pair)}
+        streams = (*_TEXT_IMAGE, *image_first) if all(pairs[1]) else _TEXT_IMAGE
+        return {name: (N,) if name in streams else joint.get(N, (N,)) for name, N in tokens.items()}
 
     def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
         model = self.model

@@ -65,6 +65,12 @@ class Flux(Adapter):
         given = dict(zip(names, args, strict=False)) | kwargs
         return ModelCall(given["timesteps"], None, {}, given["txt"])
 
+    def parts(
+        self, tokens: Mapping[str, int], grids: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        both = (tokens["txt_attn"], tokens["img_attn"])
+        return {name: both if name.startswith("single_") else (N,) for name, N in tokens.items()}
+
     def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
         model = self.model
         block = model.double_blocks[0]

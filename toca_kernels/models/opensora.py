@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..blocks.block import Block
 from ..blocks.taps import Tap
 from ..flops import Flops
-from ..plan import Plan
+from ..plan import Plan, module_kind
 from .adapter import Adapter, ModelCall, lacking, positional
 from .crossing import open_sora
 from .families import numbered, serial
@@ -38,6 +38,17 @@ class OpenSora(Adapter):
         names = ("mlp", "cross_attn", *(f"{p}_{m}" for p in _LISTS for m in ("mlp", "cross_attn")))
         # Its samplers put both guidance halves into one batch.
         return ModelCall(t, None, dict.fromkeys(names, grid), ())
+
+    def parts(
+        self, tokens: Mapping[str, int], grids: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Its sequence parallelism shares every frame, so what attends along time has all of it."""
+        frames = next(iter(grids.values()))[0]
+        split = {name: N for name, N in tokens.items() if not name.endswith("temporal_attn")}
+        return {
+            name: (N,) if module_kind(name) == "attn" else (N // frames,) * frames
+            for name, N in split.items()
+        }
 
     def flops(self, done: Plan, batch: Mapping[str, int]) -> Flops:
         return linear_flops(done, self._served, batch)
