@@ -34,7 +34,7 @@ LAYERS = [
     ["blocks"],
     ["selectors"],
     ["cache"],
-    ["copies", "parallel"],
+    ["copies", "parallel", "rows"],
     ["ops"],
     ["_backends", "_library"],
     ["reference", "native", "triton"],

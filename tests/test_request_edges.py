@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 import toca_kernels as toca
 from models import NULL, blocks_of, call_model, tiny_dit, tiny_model
@@ -164,7 +170,13 @@ def test_a_disabled_model_is_as_before(model):
     with toca.enabled(model, SETTINGS, num_steps=4) as session:
         requests = [session.request() for _ in range(2)]
         step(model, session, requests)
-    assert not any(one._run.branches for one in requests)
+    for one in requests:
+        assert one.position == 1  # what was done stays to be read
+        assert all(branch.cache is None for branch in one._run.branches.values())
+    with pytest.raises(RuntimeError, match="whose model is enabled"):
+        session.request(num_steps=3)
+    with pytest.raises(RuntimeError, match="whose model is enabled"), session.batch(requests):
+        pass
     assert torch.equal(call_model(model, x, t, y), before)
 
 
@@ -263,3 +275,101 @@ def test_masks_of_their_own(model):
         pytest.raises(ValueError, match="expected a model enabled with selector='mask'"),
     ):
         session.request(mask=masks[0])
+
+
+def test_another_threads_call_is_nobodys_step(model):
+    with toca.enabled(model, SETTINGS, num_steps=4) as session:
+        a, caught = session.request(), []
+
+        def call():
+            try:
+                call_model(model, torch.randn(1, *SIZE), torch.ones(1), torch.tensor([NULL]))
+            except RuntimeError as error:
+                caught.append(str(error))
+
+        with session.batch([a]):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        assert "got another's" in caught[0]
+        assert a.position == 0
+
+
+class Boxed(nn.Module):
+    """Returns what nobody knows how to put together."""
+
+    def __init__(self, model, box):
+        super().__init__()
+        self.blocks, self.t_embedder = model.blocks, model.t_embedder
+        self.y_embedder, self.x_embedder = model.y_embedder, model.x_embedder
+        self.model, self.box = (model,), box
+
+    def forward(self, x, t, y):
+        return self.box(type(self.model[0]).forward(self.model[0], x, t, y))
+
+
+@pytest.mark.parametrize(
+    "box", [lambda out: SimpleNamespace(sample=out), lambda out: (out, torch.tensor(1.0))]
+)
+def test_what_cannot_be_put_together_is_refused_and_no_step_taken(model, box):
+    boxed = Boxed(model, box).eval()
+    with toca.enabled(boxed, SETTINGS, num_steps=4) as session:
+        a, b = session.request(), session.request()
+        x, t, y = torch.randn(2, *SIZE), torch.ones(2), torch.tensor([NULL, NULL])
+        with session.batch([a]):
+            boxed(x[:1], t[:1], y[:1])
+        with session.batch([a, b]), pytest.raises(ValueError, match="a row for each sample"):
+            boxed(x, t, y)  # a is cached, b is full
+        assert (a.position, b.position) == (1, 0)
+
+
+def test_a_request_that_cannot_begin_says_so_each_time(model):
+    settings = SETTINGS.replace(selector="mask")
+    with toca.enabled(model, settings, num_steps=3, mask=torch.rand(64)) as session:
+        for known in (False, True):
+            a, b = session.request(mask=torch.rand(10)), session.request()
+            for _ in range(2):
+                with pytest.raises(ValueError, match=r"expected weights of \[64\] tokens, got 10"):
+                    step(model, session, [b, a])
+                assert (a.position, b.position) == (0, 0)
+            if not known:
+                step(model, session, [b])  # from now on it is known what outputs look like
+
+
+def test_refused_neighbours_cost_nothing(model):
+    with toca.enabled(model, SETTINGS, num_steps=6) as session:
+        a, late = session.request(), session.request(num_steps=1)
+        step(model, session, [a])
+        step(model, session, [late])
+        with pytest.raises(ValueError, match="at most 1 steps"):
+            step(model, session, [a, late])
+        step(model, session, [a])
+        assert a.summary().full_steps == 1  # its second step is a cached one all the same
+
+
+def test_memory_of_steps_and_requests_needs_no_collector(model):
+    with toca.enabled(model, SETTINGS, num_steps=9) as session:
+        a, b = session.request(), session.request()
+        step(model, session, [a])
+        gc.collect()
+        gc.disable()
+        try:
+            made = []
+            new = Joined.__init__
+
+            def init(self, *args):
+                new(self, *args)
+                made.append(weakref.ref(self))
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Joined, "__init__", init)
+                for _ in range(3):
+                    step(model, session, [a, b])
+            assert made
+            assert not any(one() for one in made)
+            features = weakref.ref(held(b)[0])
+            assert features() is not None
+            del b
+            assert features() is None
+        finally:
+            gc.enable()

@@ -284,6 +284,7 @@ def test_published_structures_share_batches(structure, selector, lengths):
             one.record_selections = True
         for tick in range(max(first + steps for first, steps in JOBS)):
             now = [n for n, (first, steps) in enumerate(JOBS) if first <= tick < first + steps]
+            now = now[::-1] if tick % 2 else now
             halves = len(them[0][name])
             # The first halves of all, then the second ones.
             order = [(n, half) for half in range(halves) for n in now]
@@ -302,3 +303,60 @@ def test_published_structures_share_batches(structure, selector, lengths):
                 them[n][name][half] = step(them[n][name][half][None], out[at][None])[0]
         for n, expected in enumerate(want):
             agree((them[n][name], requests[n].selections), expected, settings)
+
+
+@pytest.mark.parametrize("selector", ["random", "attention"])
+def test_padding_that_masks_alone_tell_of(selector):
+    """Lumina 2 has as many tokens as its batch's longest prompt; shapes tell nothing of it."""
+    model = PIPELINES["lumina2"]().transformer
+    settings = toca.ToCaConfig(interval=3, fresh_ratio=0.3, selector=selector)
+    lengths, starts, steps = (10, 6, 6), (0, 3, 3), (6, 9, 7)
+    text = [noise(1, 10, model.config.cap_feat_dim, seed=n) for n in range(3)]
+    masks = [(torch.arange(10) < length)[None].long() for length in lengths]
+
+    def call(them, x, at):
+        out = model(
+            hidden_states=torch.cat([x[n] for n in them]),
+            timestep=torch.tensor([0.05 * at[n] + 0.02 for n in them]),
+            encoder_hidden_states=torch.cat([text[n] for n in them]),
+            encoder_attention_mask=torch.cat([masks[n] for n in them]),
+        ).sample
+        for row, n in enumerate(them):
+            x[n] = x[n] - 0.1 * out[row : row + 1]
+
+    want = [noise(1, 4, 16, 16, seed=n) for n in range(3)]
+    for n in range(3):
+        with toca.enabled(model, settings, num_steps=steps[n]):
+            for at in range(steps[n]):
+                call([n], want, {n: at})
+    have = [noise(1, 4, 16, 16, seed=n) for n in range(3)]
+    with toca.enabled(model, settings) as session:
+        requests = [session.request(num_steps=count) for count in steps]
+        for tick in range(12):
+            now = [n for n in (2, 0, 1) if starts[n] <= tick < starts[n] + steps[n]]
+            now = now[::-1] if tick % 2 else now
+            with session.batch([requests[n] for n in now]):
+                call(now, have, [one.position for one in requests])
+    for one, other in zip(have, want, strict=True):
+        assert close(one, other, 1e-5)
+
+
+def test_arguments_by_position_are_split_by_their_names():
+    """A mask that serves both guidance halves, as the published PixArt passes it."""
+    settings = toca.ToCaConfig(interval=2, fresh_ratio=0.3, selector="random")
+    given = [pixart(n, length)[1] for n, length in enumerate((5, 9))]
+    model = pixart(0, 5)[0]
+    t = torch.full((2,), 500.0)
+    want = []
+    for one in given:
+        with toca.enabled(model, settings, num_steps=2):
+            want.append([model(one["x"], t, one["y"], one["mask"]) for _ in range(2)])
+    x, y = (torch.stack([one[name] for one in given], dim=1).flatten(0, 1) for name in "xy")
+    mask = torch.cat([one["mask"] for one in given])
+    with toca.enabled(model, settings, num_steps=2) as session:
+        a, b = session.request(), session.request()
+        for step in range(2):
+            with session.batch([a, b, a, b]):
+                out = model(x, t.repeat(2), y, mask)
+            for n in range(2):
+                assert close(out[n::2], want[n][step], 1e-5)

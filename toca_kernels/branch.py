@@ -85,7 +85,11 @@ class Branch:
             self.chooser.part()
         self.discovering = not self.cache.layout
         if not self.discovering:
-            self._learn()
+            try:
+                self._learn()
+            except BaseException:
+                self.cache = None  # type: ignore[assignment]  # adopted anew by the next call
+                raise
 
     def _learn(self) -> None:
         """What the tokens' numbers tell."""
@@ -278,7 +282,7 @@ class Branch:
     def leave(self, seconds: float) -> None:
         """The step is done: count it."""
         if self.discovering:
-            self._discovered()
+            self.learn_layouts()
         self.states = []
         done, cache = self.done, self.cache
         for name, full in done.full[-1].items():
@@ -302,15 +306,23 @@ class Branch:
                     "wrong; enable with the timesteps that you sample, or tabulate_modulation=False"
                 )
 
+    def learn_layouts(self) -> None:
+        """What the first step of a kind has shown: the plan's numbers of tokens."""
+        try:
+            self._discovered()
+        except BaseException:
+            self.abort()
+            raise
+
     def _discovered(self) -> None:
         missing = [name for name in self.cache.tracks if name not in self.cache.layout]
         if missing:
             raise RuntimeError(
                 f"model: expected a step to call {', '.join(missing)} of its blocks, it did not"
             )
+        self._learn()
         self.discovering = False
         self.run.remember(self.signature, self.cache.layout)
-        self._learn()
         self.done.k.append(
             {name: [self.done.tokens[name]] * layers for name, layers in self.run.layers.items()}
         )
@@ -374,10 +386,14 @@ class Branch:
             return self.position == self.run.ticks + 1
         return self.last == timestep
 
-    def abort(self) -> None:
-        """The step did not finish: nothing it left behind may be read."""
+    def undecide(self) -> None:
+        """The step that was entered is not taken: nothing of it has begun."""
         self.states = []
         del self.done.k[len(self.done.seconds) :], self.done.full[len(self.done.seconds) :]
+
+    def abort(self) -> None:
+        """The step did not finish: nothing it left behind may be read."""
+        self.undecide()
         if self.cache is not None:
             self.cache.invalidate()
 

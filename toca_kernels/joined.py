@@ -10,7 +10,6 @@ back: that traffic is the price of a batch whose members change.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .blocks.block import Block, BlockState
+from .blocks.loan import unseen
 from .blocks.touched import decided, read, written
 from .branch import Branch
 from .cache import Features, rebuilt, tensors
@@ -34,14 +34,20 @@ class Joined:
 
     def forward(self, own: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The model's own forward, on the rows of all of them in their order."""
-        for number, block in enumerate(self.run.blocks):
-            states = [branch.states[number] for branch in self.branches]
-            block.place(_join(self, number, states))
+        joint = [
+            _join(self, number, states)
+            for number, states in enumerate(
+                zip(*(branch.states for branch in self.branches), strict=True)
+            )
+        ]
         try:
+            for block, state in zip(self.run.blocks, joint, strict=True):
+                block.place(state)
             out = own(*args, **kwargs)
         finally:
-            for block in self.run.blocks:
+            for block, state in zip(self.run.blocks, joint, strict=True):
                 block.place(None)
+                state.late, state.loan = {}, None  # they know the state: a cycle, and its buffers
         for branch in self.branches:
             branch.learn_scores()
         return out
@@ -74,7 +80,9 @@ def _join(joined: Joined, number: int, states: Sequence[BlockState]) -> BlockSta
     )
     for name in first.late:
         state.late[name] = _LateOfAll(state, states, name)  # type: ignore[assignment]
-    state.loan = _Lent(joined, states)
+    state.loan = unseen(
+        _Lent(joined, states), "rows of a batch are joined: compile without fullgraph"
+    )
     return state
 
 
@@ -96,9 +104,6 @@ class _Lent:
         self._joined = joined
         self._states = states
         self._copied: dict[str, Features] = {}
-        if "torch._dynamo" in sys.modules:  # a compiler must not look into the bookkeeping
-            self.take = torch.compiler.disable(self.take)  # type: ignore[method-assign]
-            self.give_back = torch.compiler.disable(self.give_back)  # type: ignore[method-assign]
 
     def take(self, block: Block, state: BlockState) -> None:
         first = self._states[0]

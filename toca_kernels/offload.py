@@ -21,14 +21,13 @@ device still computes the last one, as Python is ahead of it.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from .blocks.block import Block, BlockState, Loan
+from .blocks.block import Block, BlockState
+from .blocks.loan import Loan, unseen
 from .blocks.touched import read, written
 from .cache import Features, rebuilt, tensors
 from .copies import Copies, Lane, Mark, Slabs, aligned
@@ -84,10 +83,12 @@ class Offload:
     @property
     def lender(self) -> Loan:
         """What blocks call; a compiler of theirs does not look into it."""
-        if "torch._dynamo" not in sys.modules:  # not imported for this: it takes seconds
-            return self
+        reason = "caches come from host memory (cache_device='cpu'): compile with fullgraph=False"
         if self._unseen is None:
-            self._unseen = _Unseen(self)
+            loan = unseen(self, reason)
+            if loan is self:
+                return self
+            self._unseen = loan
         return self._unseen
 
     @property
@@ -210,19 +211,6 @@ class Offload:
             if block in self._returned:
                 after.append(self._returned[block])
             one.arrived = self.copies.copy(Lane.IN, list(pairs), after)
-
-
-class _Unseen:
-    """A loan whose calls break a compiled block's graph."""
-
-    def __init__(self, loan: Loan) -> None:
-        reason = "caches come from host memory (cache_device='cpu'): compile with fullgraph=False"
-        self.take: Callable[[Block, BlockState], None] = torch.compiler.disable(
-            loan.take, reason=reason
-        )
-        self.give_back: Callable[[Block, BlockState], None] = torch.compiler.disable(
-            loan.give_back, reason=reason
-        )
 
 
 def _within(leaving: Sequence[tuple[int, int, Mark]], span: tuple[int, int]) -> Iterator[Mark]:

@@ -8,26 +8,25 @@ that recompute as many tokens); each group is one call of the model's own forwar
 
 from __future__ import annotations
 
+import inspect
+import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from .blocks.block import OtherLayout
 from .branch import Branch
 from .joined import Joined
+from .rows import Rows
 from .run import Run
 from .steps import enter_named
 from .summary import Summary, summarize
 
 if TYPE_CHECKING:
     from .session import Session
-
-# What a model is given once for all samples (places of tokens also with a dimension of samples).
-_SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")
 
 
 class Request:
@@ -44,6 +43,7 @@ class Request:
         self._session = session
         self._run = run
         self.num_steps: int = run.num_steps or 0
+        weakref.finalize(self, _forget, run)  # a run and its branches know each other: a cycle
 
     @property
     def position(self) -> int:
@@ -87,15 +87,21 @@ class Request:
 
     def close(self) -> None:
         """Free its caches, wherever it is; its next step would be its first."""
-        self._run.branches = {}
+        _forget(self._run)
+
+
+def _forget(run: Run) -> None:
+    run.branches = {}
 
 
 class Batch:
     """The rows of a batch: whose they are, and which guidance branch of theirs is called."""
 
-    def __init__(self, rows: Sequence[Request], branch: str) -> None:
+    def __init__(self, rows: Iterable[Request], branch: str) -> None:
+        rows = list(rows)
         self.name = branch
         self.rows = len(rows)
+        self._thread = threading.get_ident()
         self.places: dict[Request, list[int]] = {}
         for place, request in enumerate(rows):
             if not isinstance(request, Request):
@@ -107,11 +113,20 @@ class Batch:
         if not self.places:
             raise ValueError("rows: expected the request of each row of the batch, got none")
 
+    def check_thread(self) -> None:
+        """Refuse another thread's calls: they are nobody's step, and blocks have one state."""
+        if self._thread != threading.get_ident():
+            raise RuntimeError(
+                "batch: expected calls of the thread that entered the with block, got another's"
+            )
+
 
 class Batches:
     """Takes the steps of one session's requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        own = getattr(model, "_orig_mod", model)  # of one that torch.compile has wrapped
+        self._names = list(inspect.signature(type(own).forward).parameters)[1:]
         self._apart: set[Hashable] = set()  # signatures that cannot be joined, as a step has shown
 
     def call(
@@ -122,27 +137,46 @@ class Batches:
         kwargs: Mapping[str, Any],
     ) -> Any:
         """One step of every request of the batch; all of them take it, or none."""
-        whole = _Rows(batch.rows, args, kwargs)
+        whole = Rows(batch.rows, args, kwargs, self._names)
         steps = [_Step(one, places, whole) for one, places in batch.places.items()]
         entered: list[_Step] = []
+        begun = False
         try:
             for step in steps:
                 step.enter(batch.name)
                 entered.append(step)
+            begun = True
             groups: dict[Hashable, list[_Step]] = {}
             for step in steps:
                 groups.setdefault(step.choose(self._apart), []).append(step)
             outs = [out for group in groups.values() for out in self._take(group, whole, own)]
+            out = whole.joined(outs)
+            for step in steps:
+                if step.branch.discovering:
+                    step.branch.learn_layouts()
         except BaseException:
             for step in entered:
+                if begun:
+                    step.branch.abort()
+                else:
+                    step.branch.undecide()
+            raise
+        self._leave(steps)
+        return out
+
+    def _leave(self, steps: Sequence[_Step]) -> None:
+        left = 0
+        try:
+            for step in steps:
+                step.run.leave(step.branch, step.seconds)
+                left += 1
+        except BaseException:
+            for step in steps[left:]:
                 step.branch.abort()
             raise
-        for step in steps:
-            step.run.leave(step.branch, step.seconds)
-        return whole.joined(outs)
 
     def _take(
-        self, group: Sequence[_Step], whole: _Rows, own: Callable[..., Any]
+        self, group: Sequence[_Step], whole: Rows, own: Callable[..., Any]
     ) -> Iterator[tuple[list[int], Any]]:
         """(rows, what the model returned for them) of steps that are alike."""
         if len(group) == 1:
@@ -155,8 +189,7 @@ class Batches:
             out = Joined([step.branch for step in group]).forward(own, args, kwargs)
         except OtherLayout:
             # The model packs or pads its samples by lengths that shapes do not tell.
-            if not any(step.branch.position == step.branch.adopted for step in group):
-                self._apart.add(group[0].branch.signature)
+            self._apart.add(group[0].branch.signature)
             for step in group:
                 yield step.places, step.alone(own)
             return
@@ -169,12 +202,13 @@ class Batches:
 class _Step:
     """The step that a request takes in a call of the model."""
 
-    def __init__(self, request: Request, places: list[int], whole: _Rows) -> None:
+    def __init__(self, request: Request, places: list[int], whole: Rows) -> None:
         self.run = request._run
         self.places = places
         self.args, self.kwargs = whole.take(places)
         self.branch: Branch
         self.seconds = 0.0
+        self._masked = whole.masked
         self._chosen = False
 
     def enter(self, name: str) -> None:
@@ -198,10 +232,13 @@ class _Step:
         branch.choose()
         self._chosen = True
         self.seconds += time.perf_counter() - started
-        if branch.signature in apart:
+        packed = frozenset(name for block in branch.run.blocks for name in block.packed)
+        # What outputs look like is another request's word until its own first step has shown it:
+        # lengths may be told by masks alone.
+        unsure = branch.position == branch.adopted and (self._masked or packed)
+        if branch.signature in apart or unsure:
             return id(self)
         late = tuple(tuple(state.late) for state in branch.states)
-        packed = frozenset(name for block in branch.run.blocks for name in block.packed)
         shapes = tuple(
             layout.shape
             for name, layouts in branch.cache.layout.items()
@@ -223,75 +260,3 @@ class _Step:
             return self.run.take_step(self.branch, own, self.args, self.kwargs)
         finally:
             self.seconds += time.perf_counter() - started
-
-
-class _Rows:
-    """The arguments of a call, and what it returns, by the rows of its batch.
-
-    A tensor has a row for each sample where its first dimension says so, a list where it is as
-    long; all else is every sample's.  A mask of the prompts may serve both guidance halves.
-    """
-
-    def __init__(self, rows: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._rows = rows
-        self._args, self._kwargs = args, kwargs
-        # The hidden states come first, or are named so.
-        names = ("hidden_states", "x", "img")
-        x = args[0] if args else next((kwargs[name] for name in names if name in kwargs), None)
-        if not isinstance(x, (Tensor, list)) or len(x) != rows:
-            got = len(x) if isinstance(x, (Tensor, list)) else type(x).__name__
-            raise ValueError(f"rows: expected a request for each of {got} samples, got {rows}")
-
-    def take(self, places: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of some of the rows."""
-        index = torch.tensor(places)
-        args = tuple(self._of("", one, index) for one in self._args)
-        return args, {name: self._of(name, one, index) for name, one in self._kwargs.items()}
-
-    def _of(self, name: str, value: Any, index: Tensor) -> Any:
-        every = index.tolist() == list(range(self._rows))
-
-        def pick(one: Any) -> Any:
-            if isinstance(one, Tensor) and one.ndim and len(one) == self._rows:
-                if every:
-                    return one
-                return one.index_select(0, index.to(one.device))
-            if (
-                isinstance(one, Tensor)
-                and "mask" in name
-                and one.ndim
-                and self._rows % len(one) == 0
-            ):
-                return one.index_select(0, index.to(one.device) % len(one))
-            if isinstance(one, list):
-                return [one[place] for place in index.tolist()]
-            return one
-
-        def is_batch(one: Any) -> bool:
-            return isinstance(one, list) and len(one) == self._rows and "controlnet" not in name
-
-        if name in _SHARED and not (isinstance(value, Tensor) and value.ndim == 3):
-            return value
-        return pytree.tree_map(pick, value, is_leaf=is_batch)
-
-    def joined(self, outs: Sequence[tuple[Sequence[int], Any]]) -> Any:
-        """What the groups returned, in the order of the batch."""
-        if len(outs) == 1 and list(outs[0][0]) == list(range(self._rows)):
-            return outs[0][1]
-        order = [place for places, _ in outs for place in places]
-        back = torch.tensor(sorted(range(self._rows), key=order.__getitem__))
-
-        def is_batch(one: Any) -> bool:
-            return isinstance(one, list)
-
-        flat = [pytree.tree_flatten(out, is_leaf=is_batch) for _, out in outs]
-        leaves: list[Any] = []
-        for parts in zip(*(some for some, _ in flat), strict=True):
-            if isinstance(parts[0], list):
-                every = [one for part in parts for one in part]
-                leaves.append([every[place] for place in back.tolist()])
-            elif isinstance(parts[0], Tensor):
-                leaves.append(torch.cat(parts).index_select(0, back.to(parts[0].device)))
-            else:
-                leaves.append(parts[0])
-        return pytree.tree_unflatten(leaves, flat[0][1])

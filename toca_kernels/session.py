@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Session:
         self._blocks = self._adapter.blocks()
         self._run = Run(self._adapter, self._blocks, config, num_steps, timesteps, mask, group)
         self._run.graphs = self._graphs = graphs
-        self._batches = Batches()
+        self._batches = Batches(model)
         self._batch: Batch | None = None
         self._requests: weakref.WeakSet[Request] = weakref.WeakSet()
         self.others: list[Session] = []
@@ -89,6 +89,7 @@ class Session:
         if call is None:
             return self._own_forward(*args, **kwargs)
         if self._batch is not None:
+            self._batch.check_thread()
             with torch.no_grad():
                 return self._batches.call(self._batch, self._own_forward, args, kwargs)
         self.grids = call.grids
@@ -158,6 +159,7 @@ class Session:
                 no selector asks for one; steps that are replayed as CUDA graphs, or a pipeline with
                 two transformers.
         """
+        self._check_enabled()
         if self._graphs is not None:
             raise ValueError("request: expected a model enabled without cuda_graph, got one with")
         if self.config.cache_device is not None:
@@ -182,7 +184,7 @@ class Session:
         return request
 
     @contextmanager
-    def batch(self, rows: Sequence[Request], *, branch: str = "") -> Iterator[None]:
+    def batch(self, rows: Iterable[Request], *, branch: str = "") -> Iterator[None]:
         """Calls of the model in this with block are steps of these requests.
 
             a, b = session.request(num_steps=50), session.request(num_steps=20)
@@ -201,6 +203,7 @@ class Session:
             ValueError: by the call: another number of samples, a request that is finished,
                 timesteps that differ within one.
         """
+        self._check_enabled()
         if self._batch is not None:
             raise ValueError("batch: expected no other with block of batch() around it")
         batch = Batch(rows, branch)
@@ -214,6 +217,10 @@ class Session:
             yield
         finally:
             self._batch = None
+
+    def _check_enabled(self) -> None:
+        if self.model.__dict__.get(_ATTRIBUTE) is not self:
+            raise RuntimeError("session: expected one whose model is enabled, got one of before")
 
     # --- patching ---------------------------------------------------------------------------
 
@@ -259,7 +266,7 @@ class Session:
         self.model.__dict__.pop(_ATTRIBUTE, None)
         self._run.release()
         for request in self._requests:
-            request.close()
+            request._run.release()
         if self._graphs is not None:
             self._graphs.release()
         for block in self._blocks:

@@ -28,6 +28,7 @@ from ..plan import Plan, is_module, module_kind
 from ..selectors import SELECTORS
 from . import linear
 from .capture import CapturedScores
+from .loan import Loan
 from .row_mlp import RowMLP
 from .taps import Late, Tap, Tapped, cached_rows, taken_rows
 
@@ -46,16 +47,6 @@ class Holder(Protocol):
     def hold_score(
         self, scores: dict[str, Tensor], module: str, layer: int, score: Tensor
     ) -> None: ...
-
-
-class Loan(Protocol):
-    """Brings what does not lie at hand, in one piece on the device, for as long as a block runs."""
-
-    def take(self, block: Block, state: BlockState) -> None:
-        """Before the block: put into the state what it will read and write."""
-
-    def give_back(self, block: Block, state: BlockState) -> None:
-        """After the block, unless it raised: take what it wrote to where that belongs."""
 
 
 @dataclass
