@@ -21,9 +21,9 @@ from torch import Tensor
 import toca_kernels as toca
 from toca_kernels.blocks.block import Block, BlockState
 from toca_kernels.blocks.touched import read
-from toca_kernels.cache import tensors
 from toca_kernels.copies import Lane
 from toca_kernels.offload import Offload
+from toca_kernels.track import tensors
 
 
 @dataclass(eq=False)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from toca_kernels.cache import Layout, TokenCache, Track, rank, tensors
+from toca_kernels.cache import TokenCache
+from toca_kernels.track import Layout, Track, rank, tensors
 
 L, B, N, C = 4, 2, 12, 5
 CPU = torch.device("cpu")

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toca_kernels as toca
 from dit import random_dit
-from toca_kernels.cache import tensors
 from toca_kernels.graphs import StepGraphs
 from toca_kernels.session import Session
+from toca_kernels.track import tensors
 
 STEPS = 12
 TIMESTEPS = [float(t) for t in torch.linspace(990, 0, STEPS).long()]

@@ -34,6 +34,7 @@ LAYERS = [
     ["blocks"],
     ["selectors"],
     ["cache"],
+    ["track"],
     ["copies", "parallel", "rows"],
     ["ops"],
     ["_backends", "_library"],

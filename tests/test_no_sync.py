@@ -12,16 +12,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "toca_kernels"
 
+OWN = (
+    "branch",
+    "cache",
+    "graphs",
+    "joined",
+    "parallel",
+    "requests",
+    "rows",
+    "run",
+    "steps",
+    "track",
+)
 STEP_PATH = sorted(
     [
         *(PACKAGE / "triton").glob("*.py"),
         *(PACKAGE / "blocks").glob("*.py"),
-        *(
-            PACKAGE / f"{name}.py"
-            for name in (
-                *("branch", "cache", "graphs", "joined", "parallel", "requests", "run", "steps"),
-            )
-        ),
+        *(PACKAGE / f"{name}.py" for name in OWN),
     ]
 )
 
@@ -31,7 +38,7 @@ SCALARS = {"bool", "int", "float"}
 # (file, function): what it reads, and why nothing waits for that.
 EXCEPTIONS = {
     ("blocks/linear.py", "checksum"): "weights, once a run and only where oneDNN packs: on a CPU",
-    ("cache.py", "recomputed"): "the selection, where a run records it for its user to read",
+    ("track.py", "recomputed"): "the selection, where a run records it for its user to read",
     ("branch.py", "_rows_of"): "tables of the plan, which are NumPy's",
     ("branch.py", "decide"): "tables of the plan, which are NumPy's",
     ("blocks/block.py", "check"): "tables of the plan, which are NumPy's",

@@ -15,7 +15,7 @@ import torch
 
 import sharded
 from sharded import CASES, SAMPLES, Case, Ran
-from toca_kernels import cache, chooser
+from toca_kernels import chooser, track
 from toca_kernels.blocks import taps
 from toca_kernels.ops import Selection
 
@@ -129,7 +129,7 @@ def each_for_itself(case: Case, monkeypatch) -> Iterator[None]:
             into[..., places] = own / own.norm(dim=-1, keepdim=True) / case.size**0.5
 
     with monkeypatch.context() as patched:
-        for module in (cache, taps):
+        for module in (track, taps):
             patched.setattr(module, "select_tokens", select)
         for module in (chooser, taps):
             patched.setattr(module, "rank", rank)

@@ -14,8 +14,8 @@ from torch import nn
 import toca_kernels as toca
 from models import NULL, blocks_of, call_model, tiny_dit, tiny_model
 from pipelines import PIPELINES
-from toca_kernels.cache import tensors
 from toca_kernels.joined import Joined
+from toca_kernels.track import tensors
 
 SETTINGS = toca.ToCaConfig(interval=3, fresh_ratio=0.3)
 SIZE = (4, 16, 16)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .blocks.block import Block, BlockState
-from .cache import Features, Layout, TokenCache
+from .cache import TokenCache
 from .chooser import Chooser
 from .done import Done
 from .models.adapter import ModelCall
@@ -21,6 +21,7 @@ from .ops import free_rows
 from .parallel import Share, shares
 from .plan import BoolTable, Plan, module_kind
 from .room import require
+from .track import Features, Layout
 
 if TYPE_CHECKING:
     from .parallel import Ranks

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .blocks.block import Block
 from .blocks.taps import Late
-from .cache import Track, rank
 from .plan import BoolTable, Plan
 from .selectors import SELECTORS
+from .track import Track, rank
 
 if TYPE_CHECKING:
     from .branch import Branch

@@ -20,8 +20,8 @@ from .blocks.block import Block, BlockState
 from .blocks.loan import unseen
 from .blocks.touched import decided, read, written
 from .branch import Branch
-from .cache import Features, rebuilt, tensors
 from .ops import ForecastCache
+from .track import Features, rebuilt, tensors
 
 
 class Joined:

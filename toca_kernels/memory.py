@@ -24,13 +24,14 @@ from . import models
 from .blocks.block import Block
 from .blocks.self_mlp import CACHED_CHUNKS, SelfMLP
 from .blocks.taps import Tap
-from .cache import Layout, TokenCache
+from .cache import TokenCache
 from .config import ToCaConfig
 from .models.linear_flops import linears_of
 from .ops import packing_unavailable
 from .plan import Plan, check_integer, module_kind
 from .room import readable, working_nbytes
 from .run import Run
+from .track import Layout
 
 _META = torch.device("meta")
 _STEPS = 50  # of a run whose length nobody says: the selection's size hardly depends on it

@@ -29,8 +29,8 @@ from torch import Tensor
 from .blocks.block import Block, BlockState
 from .blocks.loan import Loan, unseen
 from .blocks.touched import read, written
-from .cache import Features, rebuilt, tensors
 from .copies import Copies, Lane, Mark, Slabs, aligned
+from .track import Features, rebuilt, tensors
 
 
 @dataclass(eq=False)

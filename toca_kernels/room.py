@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from .cache import TokenCache, Track
+from .cache import TokenCache
 from .config import ToCaConfig
 from .copies import aligned, meta_slabs
 from .plan import MODULES, module_kind
+from .track import Track
 
 if TYPE_CHECKING:
     from .run import Run

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from . import steps
 from .blocks.block import Block, OtherLayout
 from .branch import Branch
-from .cache import Layout, TokenCache
+from .cache import TokenCache
 from .config import ToCaConfig
 from .copies import CudaCopies, Slabs, meta_slabs
 from .models.adapter import Adapter, ModelCall
@@ -30,6 +30,7 @@ from .parallel import Ranks
 from .plan import Plan, cached_layers, module_kind
 from .room import CacheTooLarge, require
 from .selectors import SELECTORS
+from .track import Layout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..cache import Features, Layout
 from ..ops import ForecastCache, read_rows, store_rows
 from ..parallel import beneath
 from ..plan import Plan, is_module, module_kind
 from ..selectors import SELECTORS
+from ..track import Features, Layout
 from . import linear
 from .capture import CapturedScores
 from .loan import Loan

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..cache import Features
 from ..ops import (
     Residual,
     gather_modulate,
@@ -17,6 +16,7 @@ from ..ops import (
     partial_mlp,
     scatter_residual,
 )
+from ..track import Features
 from . import linear
 from .taps import cached_rows, taken_rows
 

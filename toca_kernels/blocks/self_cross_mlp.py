@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..cache import Features
 from ..features import ForecastCache, QuantizedCache
 from ..ops import Residual, scatter_residual
+from ..track import Features
 from .block import Block, BlockState
 from .row_mlp import MLPParts, RowMLP, residual_rows
 from .taps import Tap

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cache import Layout
 from ..plan import Plan
+from ..track import Layout
 from . import linear
 from .block import Block, BlockState
 from .row_mlp import MLPParts, Norm, RowMLP, normed_rows

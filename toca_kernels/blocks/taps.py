@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import Features, rank
 from ..ops import ForecastCache, QuantizedCache, read_rows, select_tokens, store_rows
 from ..selectors import SELECTORS
+from ..track import Features, rank
 from .capture import CapturedScores
 from .kept_keys import KeptKeys
 

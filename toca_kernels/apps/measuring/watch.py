@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.block import Block, BlockState
-from ...cache import rebuilt, tensors
 from ...session import Session
+from ...track import rebuilt, tensors
 
 _TOKENS = 1024  # of a sample, evenly spread, are compared: a video's would not fit in memory
 
