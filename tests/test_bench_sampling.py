@@ -133,11 +133,11 @@ def test_a_soak_sees_what_a_sampler_keeps(kept, tmp_path):
 @pytest.mark.slow
 def test_memory_is_steady_over_many_batches(tmp_path):
     """The caches of a batch are 32 MiB; a run that kept them would grow by 4,000 MiB per 1,000."""
-    args = sampling.arguments(["--soak", "200", "--steps", "3"])
+    args = sampling.arguments(["--soak", "120", "--steps", "3"])
     row = sampling.soaked(args, sampling.soak(args, tmp_path / "out"))
-    assert row["batches seen"] >= 20
+    assert row["batches seen"] >= 12
     assert abs(row["slope"]) < 100
-    assert len(list(Path(tmp_path / "out").glob("*.png"))) == 200
+    assert len(list(Path(tmp_path / "out").glob("*.png"))) == 120
 
 
 @pytest.mark.slow
