@@ -128,16 +128,20 @@ def in_batches(model, session, them, *, separate=False):
 
 
 def agree(have, want, settings):
-    """(sample, selections) of both, up to the rounding of matrix products of other shapes."""
+    """Asserts that (sample, selections) are equal up to rounding; returns whether a tie was not.
+
+    Scores that are all but equal may be rounded to either side by matrix products of other shapes:
+    then one token takes another's place in a layer or two, and the samples drift apart.  A test
+    lets that happen to one of its requests.
+    """
     assert [one is None for one in have[1]] == [one is None for one in want[1]]
     steps = zip(have[1], want[1], strict=True)
     differ = [int((one != other).sum()) for one, other in steps if other is not None]
     first = next(filter(None, differ), 0)
-    # Scores that are all but equal, and the last of 8 bits, may be rounded to either side: then
-    # one token takes another's place, and the samples drift apart.
     assert first <= 2
-    tolerance = 0.05 if first else 3e-3 if settings.cache_dtype else 1e-5
+    tolerance = 0.05 if first else 3e-3 if settings.cache_dtype else 1e-5  # 8 bits round, too
     assert close(have[0], want[0], tolerance)
+    return first > 0
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["one call", "two calls"])
@@ -148,12 +152,14 @@ def test_a_request_gives_what_it_gives_alone(model, policy, separate):
     them = samples()
     with toca.enabled(model, settings) as session:
         requests = in_batches(model, session, them, separate=separate)
+        ties = 0
         for n, (x, selections, summary) in enumerate(want):
-            agree((them[n][1].x, requests[n].selections), (x, selections), settings)
+            ties += agree((them[n][1].x, requests[n].selections), (x, selections), settings)
             mine = requests[n].summary()
             for name in ("steps", "full_steps", "tokens_recomputed", "flops_done", "cache_bytes"):
                 assert getattr(mine, name) == getattr(summary, name), name
             assert requests[n].finished
+        assert ties <= 1
 
 
 STOCK = [(name, {}) for name in PIPELINES if name not in TWO_TRANSFORMERS]
@@ -189,10 +195,12 @@ def test_stock_pipelines_share_batches(name, settings):
     ]
     with toca.enabled(pipe.transformer, chosen) as session:
         served = serve(session, jobs, branches=len(tiny.calls), record=True)
+        ties = 0
         for one, expected in zip(served, want, strict=True):
             if isinstance(one.out, BaseException):
                 raise one.out
-            agree((one.out, one.request.selections), expected, chosen)
+            ties += agree((one.out, one.request.selections), expected, chosen)
+        assert ties <= 1
 
 
 # --- models that pack their prompts, and FLUX in its own structure --------------------------------
@@ -301,8 +309,10 @@ def test_published_structures_share_batches(structure, selector, lengths):
                 out = model(**given, **when(model, time))
             for at, (n, half) in enumerate(order):
                 them[n][name][half] = step(them[n][name][half][None], out[at][None])[0]
+        ties = 0
         for n, expected in enumerate(want):
-            agree((them[n][name], requests[n].selections), expected, settings)
+            ties += agree((them[n][name], requests[n].selections), expected, settings)
+        assert ties <= 1
 
 
 @pytest.mark.parametrize("selector", ["random", "attention"])

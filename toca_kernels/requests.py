@@ -165,6 +165,8 @@ class Batches:
         return out
 
     def _leave(self, steps: Sequence[_Step]) -> None:
+        """The step is taken; what can still fail is an interrupt, and a run that ends and has not
+        kept to its timesteps, which a GPU tells only then: those after it take the step anew."""
         left = 0
         try:
             for step in steps:

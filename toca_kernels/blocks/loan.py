@@ -22,7 +22,7 @@ class Loan(Protocol):
         """After the block, unless it raised: take what it wrote to where that belongs."""
 
 
-class Unseen:
+class _Unseen:
     """A loan whose calls break a compiled block's graph."""
 
     def __init__(self, loan: Loan, reason: str) -> None:
@@ -37,4 +37,4 @@ class Unseen:
 def unseen(loan: Loan, reason: str) -> Loan:
     """The loan as a compiler may meet it; as it is where none is about."""
     # Not imported for this: it takes seconds.
-    return Unseen(loan, reason) if "torch._dynamo" in sys.modules else loan
+    return _Unseen(loan, reason) if "torch._dynamo" in sys.modules else loan
